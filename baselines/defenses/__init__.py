@@ -1,0 +1,1 @@
+"""Baseline defenses: every public module here is one entry, named by its file."""

@@ -1,0 +1,1 @@
+"""leakbench: benchmark of gradient and model leakage in federated learning."""

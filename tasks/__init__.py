@@ -1,0 +1,1 @@
+"""Suites (*.yaml), pinned checkpoints (checkpoints/) and tasks.lock."""
