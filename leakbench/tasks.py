@@ -1,0 +1,274 @@
+"""What a task is: frozen, validated parts with a content hash. No torch here.
+
+A task fixes everything about a measurement except the attack and the defense: the data, the model and how far it was
+trained, the batch, what the client does and sends, what the adversary may know, and what is to be recovered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Sampler = Literal["iid", "unique", "unbalanced", "single_class", "dirichlet"]
+BNStatistics = Literal["none", "running", "updated_running", "exact_batch"]
+StageName = Literal["untrained", "early", "mid", "converged", "pretrained"]
+
+LANES = (
+    "legacy_upper_bound",
+    "passive_labels",
+    "passive_images",
+    "passive_update",
+    "aggregate",
+    "malicious_server",
+    "inference",
+)
+
+
+class Part(BaseModel):
+    """Base of every part of a task: frozen, no unknown keys, no silent coercion of strings to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def content(self) -> dict[str, Any]:
+        """Return the JSON-able content that the hash covers."""
+        return self.model_dump(mode="json")
+
+
+def content_hash(content: object) -> str:
+    """Return the sha256 (hex) of the canonical JSON of ``content``."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class InputSpec(Part):
+    """What one input is.
+
+    An input is an opaque tensor between draw and score; only image metrics and image priors look at ``kind``.
+    """
+
+    kind: Literal["image"] = "image"
+    """Kind of input."""
+    shape: tuple[int, ...]
+    """Shape of one input, (channels, height, width) for images."""
+    mean: tuple[float, ...] = (0.0,)
+    """Per-channel mean that is subtracted from values in [0, 1]; one value serves all channels."""
+    std: tuple[float, ...] = (1.0,)
+    """Per-channel divisor; one value serves all channels."""
+
+
+class BatchSpec(Part):
+    """How the private batch of a client is drawn."""
+
+    size: Annotated[int, Field(ge=1)] = 1
+    """Examples per batch (B)."""
+    sampler: Sampler = "iid"
+    """``iid``: examples uniformly; ``unique``: B distinct classes; ``unbalanced``: LLG's 50% class a, 25% class b,
+    the rest iid (Wainakh et al. 2022); ``single_class``; ``dirichlet``: class proportions from Dirichlet(alpha)."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Concentration of the ``dirichlet`` sampler; only there."""
+
+    @model_validator(mode="after")
+    def _alpha_belongs_to_dirichlet(self) -> BatchSpec:
+        if (self.sampler == "dirichlet") != (self.alpha is not None):
+            raise ValueError("alpha is needed by the dirichlet sampler and by no other")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Short name, e.g. ``b8-unbalanced``."""
+        return f"b{self.size}-{self.sampler}" + (f"{self.alpha:g}" if self.alpha is not None else "")
+
+
+class Protocol(Part):
+    """What a client does and sends."""
+
+    sends: Literal["gradient", "delta", "weights"] = "gradient"
+    """``gradient`` of one step; ``delta`` = weights before minus weights after (so delta = lr * summed gradients for
+    plain SGD); ``weights`` after the local steps."""
+    local_steps: Annotated[int, Field(ge=1)] = 1
+    """Optimiser steps before sending; 1 for ``gradient``."""
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    """Local learning rate (unused by ``gradient``)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 weight decay."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Loss reduction over the batch."""
+    batches: Literal["fresh", "same", "epochs"] = "fresh"
+    """Batches of the local steps: a new one each step, one and the same, or passes over ``batches_per_epoch``."""
+    batches_per_epoch: Annotated[int, Field(ge=1)] = 1
+    """Distinct batches of one pass with ``batches: epochs``."""
+    batch_norm: Literal["train", "eval"] = "eval"
+    """Mode of BatchNorm layers on the client."""
+    send_buffers: bool = False
+    """Whether BatchNorm running statistics are part of the update."""
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """Rounds of plant -> update that one attack sees (R)."""
+    clients: Annotated[int, Field(ge=1)] = 1
+    """Clients behind one update (K)."""
+    secure_aggregation: bool = False
+    """Whether only the sum of the clients' updates is seen."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Arithmetic of the client; TF32 is always off."""
+
+    @model_validator(mode="after")
+    def _gradient_is_one_step(self) -> Protocol:
+        if self.sends == "gradient" and self.local_steps != 1:
+            raise ValueError("sends: gradient is the gradient of one step; use sends: delta for several local_steps")
+        if self.batches == "epochs" and self.local_steps % self.batches_per_epoch:
+            raise ValueError("with batches: epochs, local_steps must be a multiple of batches_per_epoch")
+        return self
+
+    @property
+    def local_batches(self) -> int:
+        """Distinct batches a client holds (S); it has S * B examples."""
+        return {"fresh": self.local_steps, "same": 1, "epochs": self.batches_per_epoch}[self.batches]
+
+    @property
+    def label(self) -> str:
+        """Short name, e.g. ``gradient`` or ``delta10``."""
+        steps = "" if self.sends == "gradient" else str(self.local_steps)
+        return self.sends + steps + (f"-k{self.clients}" if self.clients > 1 else "")
+
+
+class ThreatModel(Part):
+    """Who the adversary is and what it knows. It is enforced by what is handed over, not by trust."""
+
+    adversary: Literal["honest_but_curious", "malicious_server"] = "honest_but_curious"
+    """Whether the server follows the protocol."""
+    labels: bool = False
+    """Knows the private labels, in batch order."""
+    batch_size: bool = True
+    """Knows B and the number of local batches."""
+    lr: bool = True
+    """Knows the local learning rate, momentum and weight decay."""
+    local_steps: bool = True
+    """Knows the number of local steps."""
+    batch_order: bool = False
+    """Knows which example was in which local batch."""
+    bn_statistics: BNStatistics = "running"
+    """Which BatchNorm statistics it knows."""
+    auxiliary: Annotated[int, Field(ge=0)] = 0
+    """Labelled examples of the auxiliary split that it owns."""
+    label_prior: bool = True
+    """Knows the class frequencies of the data source (not of the batch)."""
+    weights: bool = True
+    """Knows architecture and weights of the model."""
+    defense: bool = True
+    """Knows which defense runs, with its parameters (Kerckhoffs); never its random draws."""
+    change_parameters: bool = False
+    """May replace parameters of the model that is sent to clients."""
+    per_client: bool = False
+    """May send different models to different clients."""
+    change_architecture: bool = False
+    """May insert a named module of leakbench.models."""
+
+    @model_validator(mode="after")
+    def _only_a_malicious_server_changes_the_model(self) -> ThreatModel:
+        changes = self.change_parameters or self.per_client or self.change_architecture
+        if changes and self.adversary != "malicious_server":
+            raise ValueError("change_parameters, per_client and change_architecture need adversary: malicious_server")
+        return self
+
+    def granted(self) -> frozenset[str]:
+        """Return the names of what is granted, in the vocabulary of `leakbench.attack.Attack.needs`."""
+        flags = ("labels", "batch_size", "lr", "local_steps", "batch_order", "label_prior", "weights", "defense")
+        names = {flag for flag in flags if getattr(self, flag)}
+        names |= {flag for flag in ("change_parameters", "per_client", "change_architecture") if getattr(self, flag)}
+        if self.auxiliary:
+            names.add("auxiliary")
+        if self.bn_statistics != "none":
+            names.add("bn_statistics")
+        return frozenset(names)
+
+
+class Architecture(Part):
+    """A named constructor of a classifier."""
+
+    name: str
+    """Name in leakbench.models, or ``torchvision/NAME`` or ``timm/NAME``."""
+    init: str = "default"
+    """``default``: the architecture's own initialisation; ``uniform(A)``: all weights and biases from U(-A, A), the
+    DLG/LLG convention with A = 0.5."""
+    params: dict[str, int | float | str | bool] = Field(default_factory=dict)
+    """Constructor arguments, e.g. ``width``."""
+
+    @model_validator(mode="after")
+    def _init_is_known(self) -> Architecture:
+        if self.init != "default" and not re.fullmatch(r"uniform\((\d+\.?\d*|\.\d+)\)", self.init):
+            raise ValueError(f"init: expected default or uniform(A), e.g. uniform(0.5); got {self.init!r}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Short name, e.g. ``lenet_sigmoid-uniform0.5``."""
+        extra = "".join(f"-{k}{v}" for k, v in sorted(self.params.items()))
+        init = "" if self.init == "default" else "-" + self.init.replace("(", "").replace(")", "")
+        return self.name.replace("/", ".") + extra + init
+
+
+class Task(Part):
+    """Dataset x architecture x stage x batch x protocol x threat model x target."""
+
+    dataset: str
+    """Name in leakbench.data, or a ``.npz`` file with arrays ``x`` and ``y``."""
+    normalise: bool = True
+    """Whether inputs are normalised with the dataset's mean and std; otherwise they stay in [0, 1]."""
+    architecture: Architecture
+    """The classifier."""
+    stage: StageName = "untrained"
+    """How far the model was trained."""
+    batch: BatchSpec = BatchSpec()
+    """The private batch."""
+    protocol: Protocol = Protocol()
+    """What the client does and sends."""
+    threat_model: ThreatModel = ThreatModel()
+    """What the adversary knows and may do."""
+    target: Literal["labels", "inputs"] = "labels"
+    """What is to be recovered."""
+    version: Annotated[int, Field(ge=1)] = 1
+    """Raised when the definition of the task changes a number."""
+
+    @property
+    def hash(self) -> str:
+        """Content hash (sha256, hex) of the definition."""
+        return content_hash(self.content())
+
+    @property
+    def id(self) -> str:
+        """Readable name, unique together with the hash."""
+        parts = [
+            self.dataset if "/" not in self.dataset else self.dataset.rsplit("/", 1)[1],
+            self.architecture.label,
+            self.stage,
+            self.batch.label,
+            self.protocol.label,
+            self.target,
+        ]
+        return "-".join(parts)
+
+    @property
+    def inputs_per_client(self) -> int:
+        """N: examples behind one client's update."""
+        return self.batch.size * self.protocol.local_batches
+
+    @property
+    def lane(self) -> str | None:
+        """The board this task belongs to (DESIGN.md section 1), or None for a combination without a rank."""
+        protocol, threat = self.protocol, self.threat_model
+        if threat.adversary == "malicious_server":
+            return "malicious_server"
+        if protocol.clients > 1:
+            return "aggregate" if protocol.secure_aggregation else None
+        if protocol.sends != "gradient":
+            return "passive_update" if not threat.lr else None
+        if self.target == "labels":
+            return None if threat.labels else "passive_labels"
+        if threat.labels:
+            easy = self.batch.size == 1 and protocol.batch_norm == "eval"
+            return "legacy_upper_bound" if easy else None
+        return "passive_images"
