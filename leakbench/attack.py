@@ -1,0 +1,187 @@
+"""What an attack is: the class a submitter derives from, and the claim it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from leakbench.entry import Entry
+from leakbench.errors import InvalidOutput
+from leakbench.knowledge import Knowledge, Observation
+from leakbench.models.functional import Model
+
+TRACE_LIMIT = 200
+"""Most entries of a visible-loss trace."""
+
+NEEDS = frozenset(
+    {
+        "labels",
+        "batch_size",
+        "lr",
+        "local_steps",
+        "batch_order",
+        "label_prior",
+        "weights",
+        "defense",
+        "auxiliary",
+        "bn_statistics",
+        "change_parameters",
+        "per_client",
+        "change_architecture",
+        "head_bias",
+        "nonnegative_features",
+        "single_example",
+    }
+)
+"""What `Attack.needs` may name: grants of the threat model, and facts of the task (the last three)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """The attacker's claim about the private data of T trials.
+
+    Args:
+        label_counts: (T, K, C) integer counts of each class behind each client; (T, 1, C) where the attack cannot
+            attribute labels to clients and claims the union.
+        inputs: (T, n, *input_shape) recovered inputs in the model's input space, n <= N, in any order.
+        visible_loss: (T,) the attack's own objective at the end; never used for scoring.
+        visible_loss_trace: (T, <= 200) the same along the way.
+        model_evaluations: Gradient evaluations per trial; counted by the harness where None.
+    """
+
+    label_counts: Tensor | None = None
+    inputs: Tensor | None = None
+    visible_loss: Tensor | None = None
+    visible_loss_trace: Tensor | None = None
+    model_evaluations: int | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the claimed tensors by field name."""
+        fields = ("label_counts", "inputs", "visible_loss", "visible_loss_trace")
+        return {name: value for name in fields if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class RecoveryShape:
+    """What a valid recovery of one block looks like.
+
+    Args:
+        trials: T.
+        clients: K.
+        inputs_per_client: N.
+        num_classes: C.
+        input_shape: Shape of one input.
+    """
+
+    trials: int
+    clients: int
+    inputs_per_client: int
+    num_classes: int
+    input_shape: tuple[int, ...]
+
+    def check(self, recovery: object, recovers: frozenset[str]) -> Recovery:
+        """Return ``recovery`` with counts as int64 and inputs as float32 on the CPU.
+
+        Raises:
+            InvalidOutput: Wrong type, shape, dtype, count, a NaN or an infinity.
+        """
+        if not isinstance(recovery, Recovery):
+            raise InvalidOutput(f"run() must return a Recovery, got {type(recovery).__name__}")
+        for name, value in recovery.tensors().items():
+            if not isinstance(value, Tensor):
+                raise InvalidOutput(f"Recovery.{name}: expected a tensor, got {type(value).__name__}")
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise InvalidOutput(f"Recovery.{name}: holds NaN or infinity")
+        return Recovery(
+            label_counts=self._counts(recovery.label_counts) if "labels" in recovers else None,
+            inputs=self._inputs(recovery.inputs) if "inputs" in recovers else None,
+            visible_loss=self._loss(recovery.visible_loss, 1),
+            visible_loss_trace=self._loss(recovery.visible_loss_trace, 2),
+            model_evaluations=recovery.model_evaluations,
+        )
+
+    def _counts(self, counts: Tensor | None) -> Tensor:
+        expected = f"({self.trials}, {self.clients} or 1, {self.num_classes})"
+        if counts is None:
+            raise InvalidOutput(f"Recovery.label_counts: expected integer counts {expected}, got None")
+        if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
+            raise InvalidOutput(f"Recovery.label_counts: expected an integer dtype, got {counts.dtype}")
+        allowed = {(self.trials, k, self.num_classes) for k in (1, self.clients)}
+        if tuple(counts.shape) not in allowed:
+            raise InvalidOutput(f"Recovery.label_counts: expected shape {expected}, got {tuple(counts.shape)}")
+        counts = counts.detach().to("cpu", torch.int64)
+        # A claim of 2**60 labels would overflow the scores; nobody holds more than a few times N.
+        most = 1000 * self.inputs_per_client * self.clients
+        if bool((counts < 0).any()) or bool((counts > most).any()):
+            raise InvalidOutput(f"Recovery.label_counts: expected counts in 0..{most}")
+        return counts
+
+    def _inputs(self, inputs: Tensor | None) -> Tensor:
+        total = self.clients * self.inputs_per_client
+        expected = f"({self.trials}, at most {total}, {', '.join(map(str, self.input_shape))})"
+        if inputs is None:
+            raise InvalidOutput(f"Recovery.inputs: expected inputs {expected}, got None")
+        if not inputs.is_floating_point():
+            raise InvalidOutput(f"Recovery.inputs: expected a floating dtype, got {inputs.dtype}")
+        shape = tuple(inputs.shape)
+        if len(shape) != 2 + len(self.input_shape) or shape[0] != self.trials or shape[2:] != self.input_shape:
+            raise InvalidOutput(f"Recovery.inputs: expected shape {expected}, got {shape}")
+        if shape[1] > total:
+            raise InvalidOutput(f"Recovery.inputs: at most {total} candidates per trial, got {shape[1]}")
+        inputs = inputs.detach().to("cpu", torch.float32)
+        if not bool(torch.isfinite(inputs).all()):
+            raise InvalidOutput("Recovery.inputs: overflows float32")
+        return inputs
+
+    def _loss(self, loss: Tensor | None, dims: int) -> Tensor | None:
+        if loss is None:
+            return None
+        if loss.dim() != dims or loss.shape[0] != self.trials or (dims == 2 and loss.shape[1] > TRACE_LIMIT):
+            expected = f"({self.trials},)" if dims == 1 else f"({self.trials}, at most {TRACE_LIMIT})"
+            raise InvalidOutput(f"Recovery.visible_loss: expected shape {expected}, got {tuple(loss.shape)}")
+        return loss.detach().to("cpu", torch.float32)
+
+
+class Attack(Entry, ABC):
+    """One paper's attack. A subclass overrides `run`, and `prepare` or `plant` where the idea needs them."""
+
+    recovers: ClassVar[frozenset[str]]
+    """What it claims: ``labels``, ``inputs``."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Names out of `NEEDS`; a task that lacks one gives ``not_applicable`` rows."""
+    reads: ClassVar[tuple[str, ...]] = ("*",)
+    """Update tensors it reads: names, patterns, or ``head.weight`` / ``head.bias`` for the last linear layer."""
+
+    def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:  # noqa: ARG002  (neutral default of a hook)
+        """Compute what depends on the model alone; called once per (attack, defense, model), sees no update.
+
+        Returns:
+            Tensors of any names, given to each `run` as ``observation.prepared``.
+        """
+        return {}
+
+    def plant(self, model: Model, cohort: int, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
+        """Choose the model parameters that are sent to the clients (malicious server only).
+
+        Args:
+            model: The honest global model.
+            cohort: Number of clients K.
+            history: What earlier rounds granted, an update per round.
+
+        Returns:
+            Only the tensors it replaces, each with a leading dimension of 1 (all clients) or K.
+        """
+        return {}
+
+    @abstractmethod
+    def run(self, observation: Observation) -> Recovery:
+        """Recover what `recovers` names for all T trials at once.
+
+        Args:
+            observation: Everything the threat model grants.
+        """

@@ -1,0 +1,180 @@
+"""What a defense is: hooks into the client, the context they see, and composition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, final
+
+from torch import Tensor, nn
+
+from leakbench.entry import Entry
+from leakbench.errors import InvalidOutput
+from leakbench.models.functional import Model
+from leakbench.randomness import TrialRandom
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseContext:
+    """What a hook sees of the moment it is called in. Frozen; fields may be added.
+
+    Args:
+        model: The model as it is now, M = 1 or T.
+        inputs: (T, B, *input_shape) the current local batch.
+        labels: (T, B) or soft (T, B, C).
+        loss: (T,) loss of the current batch, where it has been computed.
+        round: Index of the round.
+        client: Index of the client.
+        local_step: Index of the local step.
+        lr: Local learning rate.
+        random: Streams of this (defense, trial, client, round, step).
+        state: (T, ...) tensors that the harness keeps between steps and rounds of one client (error feedback).
+        states: The harness's store of every part's ``state``.
+    """
+
+    model: Model
+    inputs: Tensor
+    labels: Tensor
+    loss: Tensor | None
+    round: int
+    client: int
+    local_step: int
+    lr: float
+    random: TrialRandom
+    state: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+
+class Defense(Entry):
+    """One paper's defense. A subclass overrides the one or two hooks it is about; the others change nothing.
+
+    Hooks see T explicitly and are called outside vmap. The same object runs under attack and in utility training.
+    """
+
+    acts_on: ClassVar[frozenset[str]] = frozenset()
+    """Where it acts: ``model``, ``batch``, ``per_example``, ``step``, ``update``."""
+    strength: ClassVar[tuple[str, str] | None] = None
+    """The swept parameter and which way is stronger: ``("std", "higher")``."""
+
+    @property
+    def tensorwise(self) -> bool:
+        """Whether each tensor is treated without looking at the others, so that unread ones need not be computed."""
+        return False
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """Change the architecture before it is trained; the result is what the server holds."""
+        return model
+
+    def batch(self, inputs: Tensor, labels: Tensor, ctx: DefenseContext) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Change the local batch; labels may become soft (T, B, C) and B may change."""
+        return inputs, labels
+
+    def per_example(self, grads: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
+        """Change per-example gradients (T, B, *shape) before they are averaged."""
+        return grads
+
+    def step(self, grads: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
+        """Change the gradient (T, *shape) of one local step."""
+        return grads
+
+    def update(self, update: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
+        """Change the update (T, *shape) before it is sent."""
+        return update
+
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
+        """Log-density (T,) of the sent update given the clean one, for adaptive attacks.
+
+        Raises:
+            NotImplementedError: The defense declares none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares no likelihood")
+
+    @final
+    def overrides(self, hook: str) -> bool:
+        """Whether the subclass brings its own ``hook``."""
+        return getattr(type(self), hook) is not getattr(Defense, hook)
+
+
+HOOKS = ("model", "batch", "per_example", "step", "update")
+"""The hooks, in the order in which a client calls them."""
+
+
+class DefenseChain:
+    """Defenses in order: each hook of the first acts before the same hook of the second.
+
+    Args:
+        parts: The defenses; none at all is the undefended client.
+    """
+
+    def __init__(self, parts: Sequence[Defense] = ()) -> None:
+        self.parts = tuple(parts)
+
+    def acts_in(self, hook: str) -> bool:
+        """Whether any part brings its own ``hook``."""
+        return any(part.overrides(hook) for part in self.parts)
+
+    @property
+    def needs_all_tensors(self) -> bool:
+        """Whether some part of the chain looks across tensors of a gradient or update."""
+        acting = (p for p in self.parts if any(p.overrides(h) for h in ("per_example", "step", "update")))
+        return any(not part.tensorwise for part in acting)
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """Apply every part's ``model`` hook."""
+        for part in self.parts:
+            model = part.model(model)
+        return model
+
+    def batch(self, inputs: Tensor, labels: Tensor, ctx: DefenseContext) -> tuple[Tensor, Tensor]:
+        """Apply every part's ``batch`` hook.
+
+        Raises:
+            InvalidOutput: A part returned another number of trials or inputs of another shape.
+        """
+        for index, part in enumerate(self.parts):
+            if not part.overrides("batch"):
+                continue
+            result = part.batch(inputs, labels, self._context(ctx, index))
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise InvalidOutput(f"{part!r}.batch must return (inputs, labels), got {type(result).__name__}")
+            new_inputs, new_labels = result
+            same_batch = new_labels.shape[:2] == new_inputs.shape[:2]
+            if new_inputs.shape[0] != inputs.shape[0] or new_inputs.shape[2:] != inputs.shape[2:] or not same_batch:
+                raise InvalidOutput(
+                    f"{part!r}.batch: expected inputs (T, B, *shape) like {tuple(inputs.shape)} and labels (T, B), "
+                    f"got {tuple(new_inputs.shape)} and {tuple(new_labels.shape)}"
+                )
+            inputs, labels = new_inputs, new_labels
+        return inputs, labels
+
+    def tensors(self, hook: str, tensors: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:
+        """Apply every part's ``per_example``, ``step`` or ``update`` hook.
+
+        Raises:
+            InvalidOutput: A part returned other names, shapes or dtypes than it was given, or changed its argument.
+        """
+        for index, part in enumerate(self.parts):
+            if not part.overrides(hook):
+                continue
+            shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+            result = getattr(part, hook)(dict(tensors), self._context(ctx, index))
+            if not isinstance(result, dict):
+                raise InvalidOutput(f"{part!r}.{hook} must return a dict of tensors, got {type(result).__name__}")
+            got = {n: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else type(v) for n, v in result.items()}
+            if got != shapes:
+                wrong = sorted(n for n in shapes.keys() | got.keys() if shapes.get(n) != got.get(n))[0]
+                raise InvalidOutput(
+                    f"{part!r}.{hook} must return the names and shapes it was given; {wrong!r}: "
+                    f"expected {shapes.get(wrong, 'nothing')}, got {got.get(wrong, 'nothing')}"
+                )
+            tensors = result
+        return tensors
+
+    def _context(self, ctx: DefenseContext, part: int) -> DefenseContext:
+        """Give a part its own streams and state, keyed by its name, so that a chain's parts never share a draw.
+
+        The same defense draws the same noise alone and in a chain, and at every strength: comparisons are paired.
+        """
+        same_name = sum(other.name == self.parts[part].name for other in self.parts[:part])
+        key = (self.parts[part].name, same_name)
+        return replace(ctx, random=ctx.random.at("defense", *key), state=ctx.states.setdefault(key, {}))

@@ -1,0 +1,150 @@
+"""The client: turns (model, private inputs, defense) into an update, for T trials at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from leakbench.defense import DefenseChain, DefenseContext
+from leakbench.federation.gradients import per_example_gradients, per_trial_gradients
+from leakbench.models.functional import Model
+from leakbench.randomness import TrialRandom
+from leakbench.tasks import Protocol
+
+
+@dataclass
+class ClientState:
+    """What one client keeps between rounds.
+
+    Args:
+        defense: State of every defense part, by (name, occurrence).
+    """
+
+    defense: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client's protocol and defense.
+
+    Args:
+        protocol: What it does and sends.
+        batch_size: B, examples of one local batch.
+        defense: Hooks around its work.
+    """
+
+    protocol: Protocol
+    batch_size: int
+    defense: DefenseChain = field(default_factory=DefenseChain)
+
+    def update(
+        self,
+        model: Model,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        random: TrialRandom,
+        state: ClientState | None = None,
+        names: Collection[str] | None = None,
+        order: Tensor | None = None,
+        round_index: int = 0,
+        client: int = 0,
+        create_graph: bool = False,
+    ) -> dict[str, Tensor]:
+        """Compute what T clients send.
+
+        Args:
+            model: The model they received, M = 1 or T.
+            inputs: (T, N, *input_shape) their examples, N = B * local batches.
+            labels: (T, N), or soft (T, N, C).
+            random: Streams of the defense.
+            state: Kept by the caller between rounds.
+            names: Tensors to send; all where None. The others are computed only if the defense looks across tensors.
+            order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
+            round_index: Index of the round.
+            client: Index of the client.
+            create_graph: Whether the update stays differentiable in inputs and labels.
+
+        Returns:
+            Tensors by parameter name, each (T, *shape); with ``send_buffers`` also the running statistics.
+        """
+        state = state or ClientState()
+        protocol = self.protocol
+        trained = model
+        velocity: dict[str, Tensor] = {}
+        single = protocol.sends == "gradient"
+        every = None if not single or self.defense.needs_all_tensors else names
+        ctx: DefenseContext | None = None
+        for step in range(protocol.local_steps):
+            index = self._batch(step, labels.shape[0], order, inputs.device)
+            ctx = DefenseContext(
+                model=trained,
+                inputs=_take(inputs, index),
+                labels=_take(labels, index),
+                loss=None,
+                round=round_index,
+                client=client,
+                local_step=step,
+                lr=protocol.lr,
+                random=random.at(round_index, client, step),
+                states=state.defense,
+            )
+            grads, trained = self._gradient(trained, ctx, every, create_graph=create_graph)
+            if not single:
+                trained = self._descend(trained, grads, velocity)
+        assert ctx is not None
+        update = grads if single else self._difference(model, trained)
+        update = self.defense.tensors("update", update, ctx)
+        if names is not None:
+            update = {name: update[name] for name in update if name in names}
+        if protocol.send_buffers:
+            update |= {n: v.expand(labels.shape[0], *v.shape[1:]) for n, v in trained.buffers.items()}
+        return update
+
+    def _batch(self, step: int, trials: int, order: Tensor | None, device: torch.device) -> Tensor:
+        if order is not None:
+            return order[:, step].to(device)
+        first = (step % self.protocol.local_batches) * self.batch_size
+        return torch.arange(first, first + self.batch_size, device=device).expand(trials, -1)
+
+    def _gradient(
+        self, model: Model, ctx: DefenseContext, names: Collection[str] | None, *, create_graph: bool
+    ) -> tuple[dict[str, Tensor], Model]:
+        inputs, labels = self.defense.batch(ctx.inputs, ctx.labels, ctx)
+        mode, reduction = self.protocol.batch_norm, self.protocol.reduction
+        if self.defense.acts_in("per_example"):
+            examples = per_example_gradients(model, inputs, labels, names=names, batch_norm=mode)
+            kept = self.defense.tensors("per_example", examples, ctx)
+            grads = {n: v.mean(1) if reduction == "mean" else v.sum(1) for n, v in kept.items()}
+        else:
+            result = per_trial_gradients(
+                model, inputs, labels, names=names, batch_norm=mode, reduction=reduction, create_graph=create_graph
+            )
+            grads = result.tensors
+            if result.buffers:
+                model = model.with_state(buffers=result.buffers)
+        return self.defense.tensors("step", grads, ctx), model
+
+    def _descend(self, model: Model, grads: dict[str, Tensor], velocity: dict[str, Tensor]) -> Model:
+        """One step of SGD as in torch.optim.SGD, functional so that it can be differentiated through."""
+        protocol, moved = self.protocol, {}
+        for name, weight in model.parameters.items():
+            direction = grads[name] + protocol.weight_decay * weight if protocol.weight_decay else grads[name]
+            if protocol.momentum:
+                direction = protocol.momentum * velocity[name] + direction if name in velocity else direction
+                velocity[name] = direction
+            moved[name] = weight - protocol.lr * direction
+        return model.with_state(parameters=moved)
+
+    def _difference(self, before: Model, after: Model) -> dict[str, Tensor]:
+        if self.protocol.sends == "weights":
+            return dict(after.parameters)
+        return {name: before.parameters[name] - weight for name, weight in after.parameters.items()}
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Select (T, B, ...) rows of ``values`` (T, N, ...) by ``index`` (T, B)."""
+    return values[torch.arange(values.shape[0], device=values.device)[:, None], index]
