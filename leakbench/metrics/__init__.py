@@ -1,1 +1,95 @@
-"""leakbench.metrics."""
+"""The metrics and what they mean. No torch here; the arithmetic is in `labels` and `images`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+_LLG = "Wainakh et al. 2022, arXiv 2105.09369"
+_ILRG = "Ma et al. 2023, iLRG (ICLR)"
+_RLG = "Dang et al. 2021, arXiv 2111.00556"
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One number per trial.
+
+    Args:
+        name: Name of the row column.
+        target: What the attack recovers.
+        higher_is_better: For the attack.
+        unit: ``1`` for a fraction, ``dB``, ``intensity^2`` (intensities are in [0, 1]).
+        description: Formula; n_c is the true and m_c the recovered count of class c, N and M their sums.
+        source: Who defined or first reported it.
+        headline: Whether boards rank by it; one per target.
+    """
+
+    name: str
+    target: Literal["labels", "inputs"]
+    higher_is_better: bool
+    unit: str
+    description: str
+    source: str
+    headline: bool = False
+
+    @property
+    def reference(self) -> str:
+        """Name of the row column with what knows nothing of the update: ``*_chance`` (labels), ``*_floor`` (inputs)."""
+        return self.name + ("_chance" if self.target == "labels" else "_floor")
+
+
+def _labels(
+    name: str, description: str, source: str, *, higher_is_better: bool = True, headline: bool = False
+) -> MetricSpec:
+    return MetricSpec(name, "labels", higher_is_better, "1", description, source, headline)
+
+
+METRICS: dict[str, MetricSpec] = {
+    spec.name: spec
+    for spec in (
+        _labels("instance_recall", "sum_c min(n_c, m_c) / N; LLG's attack success rate", _LLG, headline=True),
+        _labels("instance_precision", "sum_c min(n_c, m_c) / M; 0 when M = 0", _LLG),
+        _labels("count_exact_match", "1 when n_c = m_c for every class, else 0", "leakbench"),
+        _labels("presence_precision", "share of the claimed classes that are present; 0 when none is claimed", _RLG),
+        _labels("presence_recall", "share of the present classes that are claimed", _RLG),
+        _labels("presence_f1", "harmonic mean of presence precision and recall", _RLG),
+        _labels("set_exact_match", "1 when claimed and present classes are the same set, else 0", _RLG),
+        _labels("class_accuracy", "LeAcc: share of all classes with (n_c > 0) = (m_c > 0); absent ones count", _ILRG),
+        _labels("count_accuracy", "LnAcc: share of all classes with n_c = m_c; absent ones count", _ILRG),
+        _labels("count_accuracy_present", "share of n_c = m_c among the classes present or claimed", "leakbench"),
+        _labels("l1_count_error", "sum_c |n_c - m_c| / N", "leakbench", higher_is_better=False),
+        _labels("total_variation", "sum_c |n_c / N - m_c / M| / 2; 1 when M = 0", "leakbench", higher_is_better=False),
+        MetricSpec(
+            "psnr",
+            "inputs",
+            True,
+            "dB",
+            "10 log10(1 / MSE) of an image, at most 120, averaged over the images",
+            "standard; matching as in Wu et al. 2023 (LTI, UAI)",
+            True,
+        ),
+        MetricSpec(
+            "ssim",
+            "inputs",
+            True,
+            "1",
+            "structural similarity, Gaussian window of 11 (at most the image) with sigma 1.5, data range 1",
+            "Wang et al. 2004, doi 10.1109/TIP.2003.819861",
+        ),
+        MetricSpec("mse", "inputs", False, "intensity^2", "mean squared error of intensities in [0, 1]", "standard"),
+        MetricSpec(
+            "recovered",
+            "inputs",
+            True,
+            "1",
+            "share of images with PSNR of at least 20 dB and at least 6 dB above that image's best floor",
+            "leakbench",
+        ),
+    )
+}
+"""Every metric by name, in the order of columns and tables."""
+
+
+def headline(target: str) -> MetricSpec:
+    """Return the metric that boards of ``target`` (``labels`` or ``inputs``) rank by."""
+    return next(spec for spec in METRICS.values() if spec.headline and spec.target == target)

@@ -1,0 +1,248 @@
+"""The Parquet store of result rows. No torch here.
+
+A job is one Parquet file, ``<out>/<season>/<first two digits of the job id>/<job id>.parquet``, with one row per
+planned trial. It is written to a temporary name, flushed to disk and renamed, so a file under its final name is whole.
+The columns are documented in `leakbench.schema`, whose names are importable from here as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from leakbench.errors import UserError
+from leakbench.schema import (
+    BENCHMARK_VERSION,
+    FAILURES,
+    ROW_FIELDS,
+    SCHEMA_VERSION,
+    STATUSES,
+    Field,
+    arrow_schema,
+    blank_row,
+    check_rows,
+    schema_markdown,
+    task_columns,
+)
+
+__all__ = [
+    "BENCHMARK_VERSION",
+    "FAILURES",
+    "ROW_FIELDS",
+    "SCHEMA_VERSION",
+    "STATUSES",
+    "Field",
+    "JobFile",
+    "arrow_schema",
+    "blank_row",
+    "completed_jobs",
+    "is_complete",
+    "job_path",
+    "load_rows",
+    "prepare_out",
+    "read_job_status",
+    "schema_markdown",
+    "task_columns",
+    "write_job",
+]
+
+
+def job_path(out: Path, job_id: str, season: str) -> Path:
+    """Return where the rows of a job belong."""
+    return out / season / job_id[:2] / f"{job_id}.parquet"
+
+
+def prepare_out(out: Path) -> None:
+    """Create the output directory and see that it can be written.
+
+    Raises:
+        UserError: It cannot be created or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: expected a directory that can be written ({error.strerror}); use another --out"
+        ) from None
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_job(out: Path, job_id: str, season: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the rows of a job: all of them or, on a crash at any moment, none.
+
+    Args:
+        out: Output directory; created if need be.
+        job_id: Identity of the job; the rows carry the same.
+        season: Season of the rows.
+        rows: One mapping per trial with every column of `ROW_FIELDS`; see `blank_row`.
+
+    Raises:
+        ValueError: A row has an unknown, missing or wrongly typed column.
+        UserError: The directory cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", job_id) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", season):
+        raise ValueError(f"job id and season must be plain file names, got {job_id!r} and {season!r}")
+    check_rows(rows)
+    if {(row["job_id"], row["season"]) for row in rows} != {(job_id, season)}:
+        raise ValueError(f"rows of another job or season than {job_id}, {season}")
+    summary = {
+        "leakbench.complete": "true",
+        "leakbench.job_id": job_id,
+        "leakbench.season": season,
+        "leakbench.rows": str(len(rows)),
+        "leakbench.schema_version": str(SCHEMA_VERSION),
+        "leakbench.code_sha256": str(rows[0]["code_sha256"]),
+        "leakbench.statuses": json.dumps(Counter(row["status"] for row in rows)),
+    }
+    try:
+        table = pa.Table.from_pylist(list(rows), schema=arrow_schema().with_metadata(summary))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"row does not fit the schema: {error}") from None
+    path = job_path(out, job_id, season)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{job_id}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            pq.write_table(table, file, compression="zstd", write_statistics=False)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(Path(name), path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write {path.name} ({error.strerror}); use another --out") from None
+    for leftover in path.parent.glob(f".{job_id}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return path
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    try:
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner reads; results are to be shared
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        # Another process finished the same job at the same moment and cleaned up; its rows are as good.
+        if not path.exists():
+            raise
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """What a result file's footer says.
+
+    Args:
+        path: The file.
+        job_id: Identity of the job.
+        season: Season of its rows.
+        rows: Number of rows.
+        schema_version: Schema of the writer.
+        code_sha256: Hash of the writer's number-moving modules.
+        statuses: Rows per status.
+    """
+
+    path: Path
+    job_id: str
+    season: str
+    rows: int
+    schema_version: int
+    code_sha256: str
+    statuses: dict[str, int]
+
+
+def read_job_status(path: Path) -> JobFile | None:
+    """Return what the footer says, or None where the file is missing, cut off, damaged or not a result."""
+    try:
+        footer = pq.read_metadata(path)
+        note = {key.decode(): value.decode() for key, value in (footer.metadata or {}).items()}
+        if note.get("leakbench.complete") != "true" or footer.num_rows != int(note["leakbench.rows"]):
+            return None
+        return JobFile(
+            path=path,
+            job_id=note["leakbench.job_id"],
+            season=note["leakbench.season"],
+            rows=footer.num_rows,
+            schema_version=int(note["leakbench.schema_version"]),
+            code_sha256=note["leakbench.code_sha256"],
+            statuses=json.loads(note["leakbench.statuses"]),
+        )
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether ``path`` is a whole result file; reads the footer only."""
+    return read_job_status(path) is not None
+
+
+def _job_files(out: Path) -> Iterator[JobFile]:
+    # "[!.]" leaves out the temporary files of running and killed jobs.
+    for path in sorted(out.glob("*/*/[!.]*.parquet")):
+        job = read_job_status(path)
+        if job is None:
+            continue
+        if job.schema_version != SCHEMA_VERSION:
+            raise UserError(
+                f"--out {out}: holds rows of another schema version, expected {SCHEMA_VERSION}, "
+                f"got {job.schema_version}; use another --out"
+            )
+        yield job
+
+
+def completed_jobs(out: Path, season: str) -> dict[str, JobFile]:
+    """Return the whole result files of a season under ``out`` by job id; empty where there are none.
+
+    Raises:
+        UserError: It holds rows of another schema version.
+    """
+    return {job.job_id: job for job in _job_files(out) if job.season == season}
+
+
+_SAME_TRIAL = [
+    *("season", "benchmark_version", "task_hash", "dataset_fingerprint", "checkpoint_sha256", "model_draws", "draw"),
+    *("attack", "attack_version", "attack_params", "attack_source_sha256"),
+    *("defense", "defense_version", "defense_params", "defense_source_sha256"),
+    *("budget_model_evaluations", "budget_wall_seconds", "trial"),
+]
+
+
+def load_rows(out: Path | Iterable[Path]) -> pd.DataFrame:
+    """Return the rows under one or several output directories, one per trial.
+
+    Where a trial was measured in several jobs, the row of the widest and then latest block is kept.
+
+    Raises:
+        UserError: A directory is missing, holds rows of another schema version, or no rows at all.
+    """
+    directories = [out] if isinstance(out, Path) else list(out)
+    tables = []
+    for directory in directories:
+        if not directory.is_dir():
+            raise UserError(f"no directory {directory}: expected results; make some with: leakbench run quick")
+        tables += [pq.read_table(job.path) for job in _job_files(directory)]
+    if not tables:
+        listed = ", ".join(map(str, directories))
+        raise UserError(f"no result rows under {listed}; make some with: leakbench run quick --out {listed}")
+    rows: pd.DataFrame = pa.concat_tables([table.replace_schema_metadata() for table in tables]).to_pandas()
+    width = rows["block_stop"] - rows["block_start"]
+    order = rows.assign(_width=width).sort_values(["_width", "utc"], kind="stable").index
+    kept = rows.loc[order].drop_duplicates(_SAME_TRIAL, keep="last")
+    return kept.sort_index().reset_index(drop=True)
