@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +21,15 @@ if TYPE_CHECKING:
 _GLOBAL_RNG = threading.Lock()
 
 
-def build_module(architecture: Architecture, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+Transform = Callable[[nn.Module], nn.Module] | None
+
+
+def build_module(
+    architecture: Architecture, input_shape: tuple[int, ...], num_classes: int, transform: Transform = None
+) -> nn.Module:
     """Return the classifier with its own initialisation, drawn from torch's global generator; see `initialised`.
+
+    ``transform`` is a defense's change of the architecture.
 
     BatchNorm layers are `ExplicitBatchNorm`, activations never work in place, and the module is in eval mode.
 
@@ -41,26 +49,32 @@ def build_module(architecture: Architecture, input_shape: tuple[int, ...], num_c
             f"architecture {architecture.name!r} with params {architecture.params} cannot be built for inputs {shape}: "
             f"{_first_line(error)}; change the params, or the dataset for one with other inputs"
         ) from error
+    if transform is not None:
+        module = transform(module)
     for layer in module.modules():
         if getattr(layer, "inplace", False):
             layer.inplace = False  # type: ignore[assignment]
     return explicit_batch_norm(module).eval().requires_grad_(False)
 
 
-def skeleton(architecture: Architecture, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def skeleton(
+    architecture: Architecture, input_shape: tuple[int, ...], num_classes: int, transform: Transform = None
+) -> nn.Module:
     """Return the module without storage where the constructor allows it (fast: nothing is initialised)."""
     try:
         with torch.device("meta"):
-            return build_module(architecture, input_shape, num_classes)
+            return build_module(architecture, input_shape, num_classes, transform)
     except UserError as error:
         # Some constructors read values, which tensors without storage lack; other errors repeat and surface here.
         try:
-            return initialised(architecture, input_shape, num_classes, seed=0)
+            return initialised(architecture, input_shape, num_classes, 0, transform)
         except UserError:
             raise error from None
 
 
-def initialised(architecture: Architecture, input_shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Module:
+def initialised(
+    architecture: Architecture, input_shape: tuple[int, ...], num_classes: int, seed: int, transform: Transform = None
+) -> nn.Module:
     """Return the module initialised as ``architecture.init`` says, by ``seed`` alone.
 
     Constructors draw from torch's global generator. Its state is put back, under a lock because the harness calls
@@ -71,7 +85,7 @@ def initialised(architecture: Architecture, input_shape: tuple[int, ...], num_cl
     """
     with _GLOBAL_RNG, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        module = build_module(architecture, input_shape, num_classes)
+        module = build_module(architecture, input_shape, num_classes, transform)
         if architecture.init != "default":
             bound = float(re.sub(r"[^\d.]", "", architecture.init))
             for parameter in module.parameters():

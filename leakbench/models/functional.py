@@ -215,6 +215,7 @@ def build_model(
     *,
     state: Mapping[str, Tensor] | None = None,
     seeds: Sequence[int] | None = None,
+    transform: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Model:
     """Build a classifier with given weights or with freshly drawn ones.
 
@@ -224,6 +225,7 @@ def build_model(
         num_classes: Classes (C).
         state: The tensors of `Model.tensors`; nothing is initialised then.
         seeds: One seed per draw (M). The same seed gives the same weights; no global generator changes.
+        transform: A defense's change of the architecture, applied before any weights are loaded.
 
     Raises:
         UserError: The architecture or a parameter is unknown, the inputs are too small, or ``state`` is that of
@@ -231,13 +233,13 @@ def build_model(
     """
     if (state is None) == (seeds is None):
         raise LeakbenchError("build_model takes either state or seeds")
-    module = skeleton(architecture, input_shape, num_classes)
+    module = skeleton(architecture, input_shape, num_classes, transform)
     _check_output(module, architecture, tuple(input_shape), num_classes)
     if state is not None:
         parameters = _part(state, "parameter", dict(module.named_parameters()), architecture)
         buffers = _part(state, "buffer", dict(module.named_buffers()), architecture)
     else:
-        nets = [initialised(architecture, input_shape, num_classes, seed) for seed in seeds or ()]
+        nets = [initialised(architecture, input_shape, num_classes, seed, transform) for seed in seeds or ()]
         parameters = _stack([dict(net.named_parameters()) for net in nets])
         buffers = _stack([dict(net.named_buffers()) for net in nets])
     return Model(

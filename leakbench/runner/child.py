@@ -1,0 +1,374 @@
+"""What runs inside a child: it imports entries and does the work of a client, of an attack, or describes an entry.
+
+The runner's requests are trusted here; what goes back is checked again by the runner.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leakbench.attack import NEEDS, Attack, RecoveryShape
+from leakbench.defense import HOOKS, Defense, DefenseChain
+from leakbench.entry import Entry
+from leakbench.errors import InvalidOutput, LeakbenchError, NotGranted
+from leakbench.federation.aggregation import StreamedSum
+from leakbench.federation.client import Client, ClientState
+from leakbench.federation.inputs import to_inputs
+from leakbench.knowledge import Facts, Knowledge, Observation, Seen
+from leakbench.models.functional import Model, build_model
+from leakbench.randomness import TrialRandom
+from leakbench.runner.wire import Blob, ConnectionClosed, Message, receive, send
+from leakbench.tasks import Architecture, InputSpec, Protocol
+
+NO_LIMIT = 1 << 62
+TRACEBACK_LIMIT = 4000
+
+Reply = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
+Local = Mapping[str, Entry]
+
+
+def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local: Local | None = None) -> None:
+    """Answer the runner's requests until it closes the connection.
+
+    Args:
+        sock: SEQPACKET socket to the runner.
+        threads: Intra-operation threads of torch.
+        detail: What confines this process; told to the runner once.
+        local: Instances by token, for entries without a file (isolation ``none`` only).
+    """
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    roles: dict[str, Callable[[Message], Reply]] = {}
+    send(sock, "hello", dict(detail))
+    while True:
+        try:
+            message = receive(sock, limit=NO_LIMIT)
+        except ConnectionClosed:
+            return
+        try:
+            if message.kind == "describe":
+                kind, body, blobs = "described", {"entries": [_describe(r) for r in message.body["entries"]]}, {}
+            else:
+                if message.kind == "client":
+                    client = ClientRole(message, local or {})
+                    roles = {"round": client.round}
+                elif message.kind == "attack":
+                    attack = AttackRole(message, local or {}, sock)
+                    roles = {"prepare": attack.prepare, "plant": attack.plant, "run": attack.run}
+                if message.kind in roles:
+                    kind, body, blobs = roles[message.kind](message)
+                else:
+                    kind, body, blobs = "ready", {}, {}
+            send(sock, kind, body, {name: Blob.pack(tensors) for name, tensors in blobs.items()})
+        except ConnectionClosed:
+            return
+        except Exception as error:  # an entry may raise anything; the runner turns it into rows
+            send(sock, "error", _report(error))
+
+
+# --- roles --------------------------------------------------------------------------------------------------------
+
+
+class ClientRole:
+    """The clients of one block: holds victims, model and defense, returns one update per round.
+
+    The request's body holds ``protocol``, ``batch_size``, ``input_spec``, ``normalise``, ``num_classes``,
+    ``architecture``, ``defense`` (entry requests), ``names`` (tensors to send, or null) and ``device``; its blobs are
+    ``model``, ``victims`` (uint8 images (T, K, N, *shape), labels (T, K, N)), ``seeds`` and optionally ``order``.
+    """
+
+    def __init__(self, message: Message, local: Local) -> None:
+        body = message.body
+        self.device = torch.device(body["device"])
+        self.protocol = Protocol.model_validate_json(body["protocol"])
+        spec = InputSpec.model_validate_json(body["input_spec"])
+        self.chain = load_chain(body["defense"], local)
+        dtype = getattr(torch, self.protocol.precision)
+        self.model = _model(message, self.chain, spec.shape).to(self.device, dtype)
+        victims = message.tensors("victims")
+        images = to_inputs(victims["images"].numpy(), spec, body["normalise"])
+        self.inputs = images.to(self.device, dtype)
+        self.labels = victims["labels"].to(self.device)
+        self.random = TrialRandom(message.tensors("seeds")["seeds"], device=self.device)
+        self.order = message.tensors("order").get("order")
+        self.names = None if body["names"] is None else frozenset(body["names"])
+        self.states = [ClientState() for _ in range(self.protocol.clients)]
+        self.client = Client(self.protocol, body["batch_size"], self.chain)
+
+    def round(self, message: Message) -> Reply:
+        """One round: every client's update, summed where the protocol aggregates."""
+        planted = {name: tensor.to(self.device) for name, tensor in message.tensors("planted").items()}
+        total = StreamedSum(self.protocol.clients)
+        for k in range(self.protocol.clients):
+            own = {name: tensor[k : k + 1] if len(tensor) > 1 else tensor for name, tensor in planted.items()}
+            update = self.client.update(
+                self.model.with_state(parameters=own) if own else self.model,
+                self.inputs[:, k],
+                self.labels[:, k],
+                random=self.random,
+                state=self.states[k],
+                names=self.names,
+                order=None if self.order is None else self.order[:, k],
+                round_index=message.body["round"],
+                client=k,
+            )
+            total.add({name: tensor.detach() for name, tensor in update.items()})
+        trials = self.labels.shape[0]
+        sent = {n: v.expand(trials, *v.shape[1:]).to("cpu") for n, v in total.mean().items()}
+        return "update", {}, {"update": sent}
+
+
+class AttackRole:
+    """One attack on one block: holds what the threat model grants and nothing else.
+
+    The request's body holds ``facts``, ``attack`` and ``defense`` (entry requests; the latter null when withheld),
+    ``architecture``, ``num_classes`` and ``device``; its blobs are ``seeds`` and, where granted, ``model``,
+    ``auxiliary``, ``labels``, ``order``, ``prepared``.
+    """
+
+    def __init__(self, message: Message, local: Local, sock: socket.socket) -> None:
+        body = message.body
+        self.device = torch.device(body["device"])
+        attack = load_entry(body["attack"], local)
+        if not isinstance(attack, Attack):
+            raise InvalidOutput(f"{attack!r} is not an Attack")
+        self.attack = attack
+        facts = _facts(body["facts"])
+        dtype = getattr(torch, facts.protocol.precision)
+        chain = None if body["defense"] is None else load_chain(body["defense"], local)
+        self.shape = RecoveryShape(**{**body["shape"], "input_shape": facts.input_spec.shape})
+        auxiliary = message.tensors("auxiliary")
+        self.knowledge: dict[str, Any] = {
+            "facts": facts,
+            "random": TrialRandom(message.tensors("seeds")["seeds"], device=self.device),
+            "model": None,
+            "auxiliary": None,
+            "defense": chain,
+            "report": lambda progress: send(sock, "progress", progress),
+        }
+        if "model" in message.blobs:
+            transform = chain or DefenseChain()
+            self.knowledge["model"] = _model(message, transform, facts.input_spec.shape).to(self.device, dtype)
+        if auxiliary:
+            inputs = to_inputs(auxiliary["images"].numpy(), facts.input_spec, facts.normalised)
+            self.knowledge["auxiliary"] = (inputs.to(self.device, dtype), auxiliary["labels"].to(self.device))
+        self.labels = message.tensors("labels").get("labels")
+        self.order = message.tensors("order").get("order")
+        self.prepared = {name: t.to(self.device) for name, t in message.tensors("prepared").items()}
+        self.dtype = dtype
+
+    def prepare(self, _: Message) -> Reply:
+        """Run `Attack.prepare`."""
+        result = self.attack.prepare(Knowledge(**self.knowledge))
+        if not isinstance(result, dict) or not all(isinstance(v, Tensor) for v in result.values()):
+            raise InvalidOutput("prepare() must return a dict of tensors")
+        return "prepared", {}, {"prepared": {name: v.detach().cpu() for name, v in result.items()}}
+
+    def plant(self, message: Message) -> Reply:
+        """Run `Attack.plant`."""
+        result = self.attack.plant(self.knowledge["model"], self.shape.clients, self._updates(message))
+        if not isinstance(result, dict) or not all(isinstance(v, Tensor) for v in result.values()):
+            raise InvalidOutput("plant() must return a dict of tensors")
+        return "planted", {}, {"planted": {name: v.detach().cpu() for name, v in result.items()}}
+
+    def run(self, message: Message) -> Reply:
+        """Run `Attack.run` and check what it returns."""
+        seen = Seen(self._updates(message), _to(self.labels, self.device), _to(self.order, self.device), self.prepared)
+        observation = Observation(seen, **self.knowledge)
+        recovery = self.shape.check(self.attack.run(observation), type(self.attack).recovers)
+        evaluations = recovery.model_evaluations
+        count = observation.evaluations if evaluations is None else evaluations
+        return "recovery", {"model_evaluations": int(count)}, {"recovery": recovery.tensors()}
+
+    def _updates(self, message: Message) -> list[dict[str, Tensor]]:
+        names = sorted((n for n in message.blobs if n.startswith("update")), key=lambda n: int(n[6:]))
+        return [{k: v.to(self.device, self.dtype) for k, v in message.tensors(n).items()} for n in names]
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _model(message: Message, chain: DefenseChain, input_shape: tuple[int, ...]) -> Model:
+    architecture = Architecture.model_validate_json(message.body["architecture"])
+    transform = chain.model if chain.acts_in("model") else None
+    state = message.tensors("model")
+    return build_model(architecture, input_shape, message.body["num_classes"], state=state, transform=transform)
+
+
+def _facts(body: Mapping[str, Any]) -> Facts:
+    return Facts(
+        **{
+            **body,
+            "granted": frozenset(body["granted"]),
+            "protocol": Protocol.model_validate_json(body["protocol"]),
+            "input_spec": InputSpec.model_validate_json(body["input_spec"]),
+            "class_prior": None if body["class_prior"] is None else tuple(body["class_prior"]),
+        }
+    )
+
+
+# --- entries ------------------------------------------------------------------------------------------------------
+
+
+def load_entry(request: Mapping[str, Any], local: Local) -> Entry:
+    """Import the entry that ``request`` names and build it with its ``params``.
+
+    Raises:
+        InvalidOutput: The file holds no such class.
+    """
+    if "local" in request:
+        return local[request["local"]]
+    cls = _find(_import(request), request)
+    entry = cls(**request.get("params", {}))
+    if not hasattr(entry, "name"):
+        cls.name, cls.version = request["name"], 1
+    return entry
+
+
+def load_chain(requests: list[Mapping[str, Any]], local: Local) -> DefenseChain:
+    """Build a chain of defenses.
+
+    Raises:
+        InvalidOutput: One of them is not a Defense.
+    """
+    parts: list[Defense] = []
+    for request in requests:
+        entry = load_entry(request, local)
+        if not isinstance(entry, Defense):
+            raise InvalidOutput(f"{entry!r} is not a Defense")
+        parts.append(entry)
+    return DefenseChain(parts)
+
+
+def _import(request: Mapping[str, Any]) -> ModuleType:
+    if request.get("module"):
+        return importlib.import_module(request["module"])
+    path = Path(request["path"])
+    spec = importlib.util.spec_from_file_location(f"leakbench_entry_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InvalidOutput(f"{path.name}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _find(module: ModuleType, request: Mapping[str, Any]) -> type[Entry]:
+    base = Attack if request["kind"] == "attack" else Defense
+    own = {
+        name: cls
+        for name, cls in vars(module).items()
+        if inspect.isclass(cls) and issubclass(cls, base) and cls is not base and cls.__module__ == module.__name__
+    }
+    wanted = request.get("class_name")
+    if wanted is not None:
+        if wanted not in own:
+            found = ", ".join(own) or "none"
+            raise InvalidOutput(f"holds no {base.__name__} called {wanted!r}; its {base.__name__} classes: {found}")
+        return own[wanted]
+    registered = [cls for cls in own.values() if "name" in vars(cls)] or list(own.values())
+    if len(registered) != 1:
+        raise InvalidOutput(
+            f"expected one registered {base.__name__} class, found {len(registered)} ({', '.join(own) or 'none'}); "
+            "mark one with @register, or name it as file.py:Class"
+        )
+    return registered[0]
+
+
+def _describe(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``{"ok": fields}`` or ``{"error": line}``."""
+    try:
+        cls = _find(_import(request), request)
+        name = vars(cls).get("name", request["name"])
+        if request.get("module") and name != request["name"]:
+            raise InvalidOutput(f"is registered as {name!r}, but its file is called {request['name']!r}")
+        doc = inspect.getdoc(cls) or ""
+        params, required = _signature(cls)
+        described = {
+            "kind": request["kind"],
+            "name": name,
+            "class_name": cls.__name__,
+            "version": int(getattr(cls, "version", 1)),
+            "summary": doc.split("\n", 1)[0],
+            "reference": _reference(doc),
+            "doc": doc,
+            "params": params,
+            "required": required,
+        }
+        if issubclass(cls, Attack):
+            recovers, needs = frozenset(getattr(cls, "recovers", ())), frozenset(cls.needs)
+            if not recovers or recovers - {"labels", "inputs"}:
+                raise InvalidOutput(f"recovers: expected a set out of 'labels' and 'inputs', got {set(recovers)}")
+            if needs - NEEDS:
+                raise InvalidOutput(f"needs: {sorted(needs - NEEDS)} is unknown; known: {sorted(NEEDS)}")
+            described |= {
+                "recovers": sorted(recovers),
+                "needs": sorted(needs),
+                "reads": list(cls.reads),
+                "prepares": cls.prepare is not Attack.prepare,
+                "plants": cls.plant is not Attack.plant,
+            }
+        elif issubclass(cls, Defense):
+            hooks = [hook for hook in HOOKS if getattr(cls, hook) is not getattr(Defense, hook)]
+            described |= {"acts_on": hooks, "strength": list(cls.strength) if cls.strength else None}
+    except Exception as error:
+        return {"error": _line(error)}
+    return {"ok": described}
+
+
+def _signature(cls: type[Entry]) -> tuple[dict[str, Any], list[str]]:
+    params, required = {}, []
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            raise InvalidOutput(f"{cls.__name__}.__init__: make {name!r} keyword-only (write `*,` before it)")
+        if parameter.default is parameter.empty:
+            required.append(name)
+        else:
+            params[name] = parameter.default
+    return params, required
+
+
+def _reference(doc: str) -> str:
+    found = re.search(r"^References?:\s*(.+?)(?:\n\s*\n|\Z)", doc, flags=re.MULTILINE | re.DOTALL)
+    return " ".join(found.group(1).split()) if found else ""
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def _report(error: Exception) -> dict[str, Any]:
+    text = str(error)
+    starved = isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
+    status = "oom" if starved else "invalid" if isinstance(error, InvalidOutput) else "error"
+    hint = ""
+    if isinstance(error, PermissionError):
+        hint = " (an entry may read its own file and the installed packages, and write to the working directory only)"
+    return {
+        "status": status,
+        "error": _line(error) + hint,
+        "not_granted": isinstance(error, NotGranted),
+        "traceback": traceback.format_exc()[-TRACEBACK_LIMIT:],
+    }
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:500]
+    own = isinstance(error, LeakbenchError)
+    where = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where and not own else ""
+    return f"{text}{place}" if own else f"{type(error).__name__}: {text}{place}"
