@@ -48,6 +48,8 @@ class Description(Part):
     """``attack`` or ``defense``."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
     """Registered name."""
+    class_name: str
+    """Its class."""
     version: Annotated[int, Field(ge=1)]
     """Raised by every change that can move a number."""
     reference: str
@@ -60,6 +62,10 @@ class Description(Part):
     """Attack: targets it claims."""
     reads: tuple[str, ...] = ()
     """Attack: update tensors it uses."""
+    prepares: bool = False
+    """Attack: whether it brings its own ``prepare``."""
+    plants: bool = False
+    """Attack: whether it brings its own ``plant``."""
     acts_on: tuple[str, ...] = ()
     """Defense: hooks of the client it changes."""
     strength: tuple[str, str] | None = None
@@ -252,16 +258,25 @@ def _cache_path(source: EntrySource) -> Path:
     return cache_dir() / "describe" / f"{content_hash(key)}.json"
 
 
+_described: dict[Path, Description] = {}
+
+
 def _read_cache(source: EntrySource) -> Description | None:
-    try:
-        description = Description.model_validate_json(_cache_path(source).read_bytes())
-    except (OSError, ValidationError):
-        return None
-    return description if description.source_sha256 == source.sha256 else None
+    path = _cache_path(source)
+    if path not in _described:
+        try:
+            description = Description.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return None
+        if description.source_sha256 != source.sha256:
+            return None
+        _described[path] = description
+    return _described[path]
 
 
 def _write_cache(source: EntrySource, description: Description) -> None:
     path = _cache_path(source)
+    _described[path] = description
     with contextlib.suppress(OSError):  # without a writable cache the next command asks the child again
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)

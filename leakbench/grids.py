@@ -1,0 +1,189 @@
+"""Grids: what a suite spans, and the cells it expands to. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field
+
+from leakbench.entries import NO_DEFENSE, EntrySpec, chain_label, resolve_all
+from leakbench.errors import UserError
+from leakbench.tasks import Architecture, BatchSpec, Part, Protocol, StageName, Task, ThreatModel
+
+ModelDraws = Literal["one", "per_trial"]
+T = TypeVar("T")
+
+
+def _axis(shorthand: str | None = None) -> BeforeValidator:
+    """Make a scalar an axis of one value, and the shorthand (``8`` for ``{size: 8}``) a mapping."""
+
+    def convert(value: Any) -> Any:
+        values = value if isinstance(value, list) else [value]
+        if shorthand is not None:
+            values = [{shorthand: v} if isinstance(v, str | int) else v for v in values]
+        return tuple(values)
+
+    return BeforeValidator(convert)
+
+
+_Axis = Annotated[tuple[T, ...], _axis(), Field(min_length=1)]
+
+
+class Budget(Part):
+    """What an attack may spend on one trial."""
+
+    wall_seconds: Annotated[float, Field(gt=0)] | None = 60.0
+    """Wall seconds per trial; a job may take this times its trials."""
+    model_evaluations: Annotated[int, Field(ge=1)] | None = None
+    """Gradient evaluations per trial; null: unlimited."""
+
+
+class Grid(Part):
+    """Axes of a grid: each is one value or a list, the grid is their product."""
+
+    dataset: _Axis[str]
+    """Names in leakbench.data or ``.npz`` files."""
+    architecture: Annotated[tuple[Architecture, ...], _axis("name"), Field(min_length=1)]
+    """Names, or mappings with name, init, params."""
+    stage: _Axis[StageName] = ("untrained",)
+    """How far the model was trained."""
+    batch: Annotated[tuple[BatchSpec, ...], _axis("size"), Field(min_length=1)] = (BatchSpec(),)
+    """Batch sizes, or mappings with size, sampler, alpha."""
+    protocol: Annotated[tuple[Protocol, ...], _axis("sends"), Field(min_length=1)] = (Protocol(),)
+    """What is sent (``gradient``), or mappings."""
+    threat_model: Annotated[tuple[ThreatModel, ...], _axis(), Field(min_length=1)] = (ThreatModel(),)
+    """Mappings of what the adversary knows and may do."""
+    normalise: _Axis[bool] = (True,)
+    """Whether inputs are normalised."""
+    target: _Axis[Literal["labels", "inputs"]] = ("labels",)
+    """What is to be recovered."""
+    attacks: _Axis[str]
+    """Attack expressions."""
+    defenses: _Axis[str] = (NO_DEFENSE,)
+    """Defense expressions; ``none`` is the undefended client."""
+    trials: Annotated[int, Field(ge=1)] | None = None
+    """Trials of every cell, instead of the suite's."""
+    model_draws: ModelDraws | None = None
+    """Instead of the suite's."""
+
+    def tasks(self) -> Iterator[Task]:
+        """Yield the tasks of the grid."""
+        axes = ("dataset", "architecture", "stage", "batch", "protocol", "threat_model", "normalise", "target")
+        for values in product(*(getattr(self, axis) for axis in axes)):
+            yield Task(**dict(zip(axes, values, strict=True)))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task under one attack and one defense: all its trials.
+
+    Args:
+        suite: Name of the suite; empty where there is none.
+        task: The task.
+        attack: The attack.
+        defense: The chain of defenses; empty for none.
+        trials: Number of trials.
+        trials_per_job: Trials of one job.
+        model_draws: Whether all trials share a model or each has its own draw.
+        threads: Threads per process.
+        budget: What the attack may spend.
+    """
+
+    suite: str
+    task: Task
+    attack: EntrySpec
+    defense: tuple[EntrySpec, ...] = ()
+    trials: int = 64
+    trials_per_job: int = 64
+    model_draws: ModelDraws = "one"
+    threads: int = 1
+    budget: Budget = field(default_factory=Budget)
+
+    @property
+    def label(self) -> str:
+        """Readable name."""
+        return f"{self.task.id} / {self.attack.label} / {chain_label(self.defense)}"
+
+
+class Suite(Part):
+    """Grids of tasks, attacks and defenses."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Name in rows and on the command line."""
+    version: Annotated[int, Field(ge=1)]
+    """Raised when a cell changes."""
+    description: str
+    """One line."""
+    trials: Annotated[int, Field(ge=1)]
+    """Trials of every cell."""
+    trials_per_job: Annotated[int, Field(ge=1)] = 64
+    """Trials of one job: the only cut of the work, part of a row's identity."""
+    model_draws: ModelDraws = "one"
+    """``one``: all trials share a model; ``per_trial``: each has its own draw."""
+    threads_per_job: Annotated[int, Field(ge=1)] = 1
+    """Threads of each process of a job."""
+    budget: Budget = Budget()
+    """What an attack may spend."""
+    grids: Annotated[list[Grid], Field(min_length=1)]
+    """The grids."""
+
+    def tasks(self) -> dict[str, Task]:
+        """Return the distinct tasks by hash."""
+        return {task.hash: task for grid in self.grids for task in grid.tasks()}
+
+    def expand(
+        self,
+        *,
+        attacks: Sequence[str] | None = None,
+        defenses: Sequence[str] | None = None,
+        trials: int | None = None,
+    ) -> list[Cell]:
+        """Return every cell once.
+
+        Args:
+            attacks: Expressions that replace the attacks of the grids whose target they recover.
+            defenses: Expressions that replace the defenses of every grid.
+            trials: Replaces the number of trials of every cell.
+
+        Raises:
+            UserError: An expression is wrong, or no grid has a target that one of ``attacks`` recovers.
+        """
+        if trials is not None and trials < 1:
+            raise UserError(f"trials: expected at least 1, got {trials}; try --trials {self.trials}")
+        known = resolve_all(
+            [("attack", text) for grid in self.grids for text in (attacks or grid.attacks)]
+            + [("defense", text) for grid in self.grids for text in (defenses or grid.defenses)]
+        )
+        targets = {target for grid in self.grids for target in grid.target}
+        for text in attacks or ():
+            recovers = known["attack", text][0].description.recovers
+            if not targets & set(recovers):
+                raise UserError(
+                    f"attack {text!r} recovers {' and '.join(recovers)}, expected one that recovers "
+                    f"{' or '.join(sorted(targets))}, the target of suite {self.name!r}; see: leakbench list attacks"
+                )
+        cells: dict[str, Cell] = {}
+        for grid in self.grids:
+            for task, text, chain in product(grid.tasks(), attacks or grid.attacks, defenses or grid.defenses):
+                attack = known["attack", text][0]
+                if task.target not in attack.description.recovers:
+                    continue
+                cell = Cell(
+                    suite=self.name,
+                    task=task,
+                    attack=attack,
+                    defense=known["defense", chain],
+                    trials=trials or grid.trials or self.trials,
+                    trials_per_job=self.trials_per_job,
+                    model_draws=grid.model_draws or self.model_draws,
+                    threads=self.threads_per_job,
+                    budget=self.budget,
+                )
+                entries = [entry.id_content() for entry in (cell.attack, *cell.defense)]
+                same = f"{task.hash} {entries} {cell.model_draws}"
+                if same not in cells or cells[same].trials < cell.trials:
+                    cells[same] = cell
+        return list(cells.values())
