@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -139,23 +140,29 @@ def _images(spec: DatasetSpec, split: str, files: list[Path], table: Any, rows: 
     import datasets
     from PIL import Image, ImageOps
 
+    where = _where(spec, split, files)
     channels, height, width = spec.input.shape
     images = np.empty((len(rows), channels, height, width), dtype=np.uint8)
-    table = table.select_columns([spec.image_column]).cast_column(spec.image_column, datasets.Image())
-    for i, row in enumerate(rows):
+    encoded = table.select_columns([spec.image_column])
+    try:
+        encoded = encoded.cast_column(spec.image_column, datasets.Image(decode=False)).select(rows)
+    except (TypeError, ValueError, NotImplementedError):
+        found = encoded.features[spec.image_column]
+        raise UserError(
+            f"{where}: expected images in column {spec.image_column!r}, got {found}; use the hub's files"
+        ) from None
+    for i, cell in enumerate(cell for batch in encoded.iter(256) for cell in batch[spec.image_column]):
         try:
-            image = table[int(row)][spec.image_column].convert("L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{_where(spec, split, files)}: expected an image in row {row}, got {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}; get the file again"
-            ) from None
+            image = Image.open(io.BytesIO(cell["bytes"])).convert("L" if channels == 1 else "RGB")
+        except (OSError, SyntaxError, ValueError, TypeError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"{where}: expected an image in row {rows[i]}, got {reason}; get the file again") from None
         if spec.fit:
             image = ImageOps.fit(image, (width, height), method=Image.Resampling.BILINEAR)
         if image.size != (width, height):
             raise UserError(
-                f"{_where(spec, split, files)}: expected every image of {spec.name} to be {width}x{height}, "
-                f"got {image.width}x{image.height} in row {row}; resize the images or give an .npz file"
+                f"{where}: expected every image of {spec.name} to be {width}x{height}, "
+                f"got {image.width}x{image.height} in row {rows[i]}; resize the images or give an .npz file"
             )
         pixels = np.asarray(image)
         images[i] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)

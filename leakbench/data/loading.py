@@ -190,6 +190,9 @@ def _digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
 @functools.lru_cache(maxsize=4)
 def _load_npz(name: str, _modified: int) -> Dataset:
     try:
+        # Checked first, since np.load takes a plain .npy array or a pickle as well.
+        if not zipfile.is_zipfile(name):
+            raise ValueError("not a zip archive")
         with np.load(name, allow_pickle=False) as arrays:
             missing = {"x", "y"} - set(arrays.files)
             if missing:
