@@ -47,7 +47,7 @@ def _labels(
 METRICS: dict[str, MetricSpec] = {
     spec.name: spec
     for spec in (
-        _labels("instance_recall", "sum_c min(n_c, m_c) / N; LLG's attack success rate", _LLG, headline=True),
+        _labels("instance_recall", "sum_c min(n_c, m_c) / max(N, M); LLG's attack success rate", _LLG, headline=True),
         _labels("instance_precision", "sum_c min(n_c, m_c) / M; 0 when M = 0", _LLG),
         _labels("count_exact_match", "1 when n_c = m_c for every class, else 0", "leakbench"),
         _labels("presence_precision", "share of the claimed classes that are present; 0 when none is claimed", _RLG),

@@ -1,0 +1,128 @@
+"""How well images were recovered: pure functions over trials.
+
+Images are (T, N, channels, height, width) with intensities in [0, 1], clamped. A batch has no order, so recovered
+images are first assigned to true ones, once, and every metric reuses that assignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from leakbench.errors import InvalidOutput
+
+PSNR_CAP = 120.0
+"""PSNR of an exact image, dB."""
+
+GREY = 0.5
+"""Intensity of the images that a recovery lacks."""
+
+RECOVERED_DB = 20.0
+"""Least PSNR of a recovered image."""
+
+RECOVERED_GAIN_DB = 6.0
+"""Least gain of a recovered image over that image's best floor."""
+
+
+def match(recovered: Tensor, true: Tensor) -> Tensor:
+    """Order recovered images like the true ones: one Hungarian assignment on mean squared error per trial.
+
+    Args:
+        recovered: (T, N', *) images; where N' < N the rest is grey.
+        true: (T, N, *) images.
+
+    Returns:
+        (T, N, *) in the order of ``true``.
+
+    Raises:
+        InvalidOutput: More images than true ones, or images of another shape.
+    """
+    trials, wanted = true.shape[:2]
+    if recovered.shape[0] != trials or recovered.shape[2:] != true.shape[2:] or recovered.shape[1] > wanted:
+        expected = f"({trials}, at most {wanted}, {', '.join(map(str, true.shape[2:]))})"
+        raise InvalidOutput(f"inputs: expected shape {expected}, got {tuple(recovered.shape)}")
+    missing = recovered.new_full((trials, wanted - recovered.shape[1], *true.shape[2:]), GREY)
+    candidates = torch.cat([recovered, missing], dim=1)
+    matched = torch.empty_like(candidates)
+    # One trial at a time: the assignment is per trial, and a batched product may round differently for another T.
+    for t in range(trials):
+        a, b = true[t].flatten(1).double(), candidates[t].flatten(1).double()
+        distance = a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T
+        _, order = linear_sum_assignment(distance.cpu().numpy())
+        matched[t] = candidates[t, torch.from_numpy(order).to(candidates.device)]
+    return matched
+
+
+def mse(matched: Tensor, true: Tensor) -> Tensor:
+    """Return the mean squared error of every image, (T, N) float64."""
+    return (matched.double() - true.double()).square().flatten(2).mean(dim=2)
+
+
+def psnr(matched: Tensor, true: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio of every image in dB, at most `PSNR_CAP`, (T, N) float64."""
+    return -10 * torch.log10(mse(matched, true).clamp(min=10 ** (-PSNR_CAP / 10)))
+
+
+def ssim(matched: Tensor, true: Tensor) -> Tensor:
+    """Return the structural similarity of every image, (T, N) float64.
+
+    Gaussian weights (11x11, sigma 1.5), data range 1, averaged over the positions where the window fits. For images
+    smaller than 11 those are the positions where the largest odd window fits, and the weights reach over the border by
+    reflection; below 6 pixels the reflection is undefined and so is the value (NaN).
+
+    Source: Wang et al. 2004, doi 10.1109/TIP.2003.819861.
+    """
+    smallest = min(true.shape[-2:])
+    if smallest < 6:
+        return torch.full(true.shape[:2], torch.nan, dtype=torch.float64)
+    border = (min(11, smallest - 1 + smallest % 2) - 1) // 2
+    values = []
+    # One trial at a time: bounds the memory of the five filtered copies and makes a value independent of T.
+    for a, b in zip(matched.double(), true.double(), strict=True):
+        _, full = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none", return_full_image=True)
+        values.append(full[..., border:-border, border:-border].flatten(1).mean(dim=1))
+    return torch.stack(values)
+
+
+def score_images(recovered: Tensor, true: Tensor, floors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Score recovered images with every image metric, and the floors with the same.
+
+    Args:
+        recovered: (T, N', *) intensities, N' <= N.
+        true: (T, N, *) intensities.
+        floors: What knows nothing of the update, by name (random image, mean image, ...): (T, N, *), or with 1 for T
+            or N where the same image serves all.
+
+    Returns:
+        (T,) float64 per metric: ``psnr`` (dB), ``ssim``, ``mse``, ``recovered``, and for each ``*_floor``, the best
+        value that any of the floors reaches in that trial.
+
+    Raises:
+        InvalidOutput: More images than true ones, or images of another shape.
+    """
+    true = true.clamp(0, 1)
+    best = match(recovered.clamp(0, 1), true)
+    floor_images = [match(floor.clamp(0, 1).to(true).expand_as(true), true) for floor in floors.values()]
+    psnrs = psnr(best, true)
+    enough = torch.full_like(psnrs, RECOVERED_DB)
+    scores = {"psnr": psnrs, "ssim": ssim(best, true), "mse": mse(best, true)}
+    if floor_images:
+        floor_psnrs = torch.stack([psnr(image, true) for image in floor_images])
+        enough = torch.maximum(enough, floor_psnrs.amax(dim=0) + RECOVERED_GAIN_DB)
+        scores["psnr_floor"] = _best(floor_psnrs)
+        scores["ssim_floor"] = _best(torch.stack([ssim(image, true) for image in floor_images]))
+        scores["mse_floor"] = -_best(-torch.stack([mse(image, true) for image in floor_images]))
+        # No floor is above the best floor.
+        scores["recovered_floor"] = torch.zeros_like(psnrs)
+    scores["recovered"] = (psnrs >= enough).double()
+    return {name: values.mean(dim=1) for name, values in scores.items()}
+
+
+def _best(values: Tensor) -> Tensor:
+    """Return, for floors x T x N values, those of the floor whose trial mean is highest, (T, N)."""
+    winner = values.mean(dim=2).argmax(dim=0)
+    return values[winner, torch.arange(values.shape[1])]
