@@ -23,12 +23,12 @@ from leakbench.models.catalogue import architecture_spec
 from leakbench.sources import Kind
 from leakbench.tasks import Architecture, BatchSpec, Part, Protocol, Task, ThreatModel
 
-__all__ = ["Cell", "Grid", "Suite", "load_suite", "load_task", "suite_names"]
+__all__ = ["Cell", "Grid", "Suite", "load_suite", "load_task", "read_suite", "suite_paths"]
 
 
-def suite_names() -> list[str]:
-    """Return the names of the suites that come with leakbench."""
-    return sorted(path.stem for path in _suite_folder().glob("*.yaml"))
+def suite_paths() -> dict[str, Path]:
+    """Return the files of the suites that come with leakbench, by name."""
+    return {path.stem: path for path in sorted(_suite_folder().glob("*.yaml"))}
 
 
 def load_suite(name: str) -> Suite:
@@ -37,18 +37,23 @@ def load_suite(name: str) -> Suite:
     Raises:
         UserError: There is no such suite, the YAML is malformed, or a key, value or name is wrong.
     """
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else _suite_folder() / f"{name}.yaml"
-    if not path.is_file():
-        if name.endswith((".yaml", ".yml")):
-            raise UserError(f"suite {name}: expected a YAML file, got no such file; see: leakbench list suites")
-        raise unknown("suite", name, suite_names())
-    raw = _read_yaml(path)
-    try:
-        suite = Suite.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_first_error(error, raw)}") from None
+    path = _suite_path(name)
+    suite = read_suite(path)
     _check_names(suite, path)
     return suite
+
+
+def read_suite(path: Path) -> Suite:
+    """Read a suite's file without looking up the names in it.
+
+    Raises:
+        UserError: The YAML is malformed, or a key or value is wrong.
+    """
+    raw = _read_yaml(path)
+    try:
+        return Suite.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_error(error, raw)}") from None
 
 
 def load_task(text: str) -> Task:
@@ -71,6 +76,18 @@ def load_task(text: str) -> Task:
         choices = ", ".join(f"{name}:{task.hash[:12]}" for task in found)
         raise UserError(f"task {text!r}: expected one task, got {len(found)} of that id; use one of {choices}")
     return found[0]
+
+
+def _suite_path(name: str) -> Path:
+    if not name.endswith((".yaml", ".yml")):
+        paths = suite_paths()
+        if name not in paths:
+            raise unknown("suite", name, paths)
+        return paths[name]
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"suite {name}: expected a YAML file, got no such file; see: leakbench list suites")
+    return path
 
 
 def _suite_folder() -> Path:

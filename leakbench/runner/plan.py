@@ -86,7 +86,7 @@ def plan(cells: Iterable[Cell], season: Season) -> list[Job]:
     Returns:
         Distinct jobs, sorted by task, defense, attack and block, so that jobs that share data and models are neighbors.
     """
-    jobs = {}
+    jobs: dict[str, Job] = {}
     for cell in cells:
         for start in range(0, cell.trials, cell.trials_per_job):
             job = Job(

@@ -1,0 +1,217 @@
+"""The command line: parse, call, print. Everything beyond click is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from leakbench.errors import LeakbenchError, UserError, unknown
+
+KINDS = ("attacks", "defenses", "datasets", "architectures", "suites", "metrics")
+"""What can be listed."""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 a job failed, 2 a mistake of the user, 130 interrupted."""
+    try:
+        sys.exit(cli.main(args=argv, prog_name="leakbench", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.UsageError as error:
+        hint = f" See: {error.ctx.command_path} --help" if error.ctx is not None else ""
+        _fail(error.format_message() + hint)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except click.Abort:
+        sys.exit(130)
+    except LeakbenchError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="leakbench")
+def cli() -> None:
+    """Benchmark of gradient and model leakage in federated learning."""
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("suite")
+@click.option("--attack", "attacks", multiple=True, metavar="EXPR", help="Instead of the suite's attacks; repeatable.")
+@click.option("--defense", "defenses", multiple=True, metavar="EXPR", help="Instead of its defenses; repeatable.")
+@click.option("--trials", type=int, help="Instead of the suite's number of trials.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--workers", type=int, help="Jobs at a time. [default: CPU cores, at most 8; 1 on a GPU]")
+@click.option("--shard", metavar="I/N", help="Do only the I-th of N parts of the jobs.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the rows. [default: runs/SUITE]")
+@click.option(
+    "--isolation",
+    type=click.Choice(["auto", "none", "process", "bwrap"]),
+    default="auto",
+    show_default=True,
+    help="What separates entries from the truth; auto is bwrap where installed, else process.",
+)
+@click.option("--season-key", type=click.Path(path_type=Path), help="File with the secret key of a season.")
+@click.option("--fresh", is_flag=True, help="Measure again what other leakbench code measured.")
+@click.option("--keep", is_flag=True, help="Keep what other leakbench code measured.")
+@click.option("--retry-failed", is_flag=True, help="Run again the jobs that failed or lacked data or weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def run(
+    suite: str,
+    attacks: tuple[str, ...],
+    defenses: tuple[str, ...],
+    trials: int | None,
+    device: str,
+    workers: int | None,
+    shard: str | None,
+    out: Path | None,
+    isolation: str,
+    season_key: Path | None,
+    fresh: bool,
+    keep: bool,
+    retry_failed: bool,
+    as_json: bool,
+) -> int:
+    """Run SUITE (a name or a YAML file) and write one row per trial.
+
+    Running the same command again resumes it. EXPR is NAME, NAME(key=value) or path/to/file.py:Class; a chain of
+    defenses is joined by +.
+    """
+    if trials is not None and trials < 1:
+        raise UserError(f"--trials: expected at least 1, got {trials}; try --trials 64")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers: expected at least 1, got {workers}; try --workers 2")
+    if fresh and keep:
+        raise UserError("--fresh and --keep: expected one of them, got both")
+    from leakbench.runner import plan, session
+
+    again = shlex.join(["leakbench", *sys.argv[1:]])
+    request = session.Request(
+        suite=suite,
+        attacks=attacks,
+        defenses=defenses,
+        trials=trials,
+        device=device,
+        workers=workers,
+        shard=plan.parse_shard(shard or "1/1"),
+        out=out,
+        isolation=isolation,
+        season_key=season_key,
+        other_code="fresh" if fresh else "keep" if keep else "stop",
+        retry_failed=retry_failed,
+        command=again,
+    )
+    try:
+        report = session.run_suite(request)
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; the rows of finished jobs are kept; resume with: {again}", err=True)
+        return 130
+    if as_json:
+        _print_json(report.content())
+    else:
+        click.echo(report.text())
+    return 1 if report.failed else 0
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+@cli.command("list")
+@click.argument("kind", metavar="|".join(KINDS))
+@click.option("--json", "as_json", is_flag=True, help="Print every field as JSON.")
+def list_(kind: Any, as_json: bool) -> None:
+    """List everything of one kind."""
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    from leakbench.listing import list_items
+
+    items = list_items(kind)
+    if as_json:
+        _print_json(items)
+        return
+    width = max((len(item["name"]) for item in items), default=0)
+    for item in items:
+        click.echo(f"{item['name']:<{width}}  {item.get('error') or item['summary']}")
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print every field as JSON.")
+def show(name: str, as_json: bool) -> None:
+    """Show an attack, defense, dataset, architecture, suite or metric in full; also file.py:Class and suite files."""
+    from leakbench.listing import show_items
+
+    found = show_items(name)
+    if as_json:
+        _print_json([{"kind": kind, **item} for kind, item in found])
+        return
+    for kind, item in found:
+        click.echo(f"{kind} {item['name']}: {item['summary']}")
+        for key, value in item.items():
+            if key == "tasks":
+                _show_tasks(value)
+            elif key not in ("name", "kind", "summary", "doc") and value not in (None, [], {}, ""):
+                click.echo(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}")
+        if item.get("doc"):
+            click.echo("\n" + "\n".join("  " + line for line in item["doc"].splitlines()[1:]).strip("\n"))
+
+
+def _show_tasks(tasks: list[dict[str, Any]]) -> None:
+    for task in tasks:
+        click.echo(f"  {task['task']}  {task['hash'][:12]}  lane: {task['lane'] or 'none'}")
+        for cell in task["cells"]:
+            click.echo(f"    {cell['attack']} / {cell['defense']}: {cell['trials']} trials, {cell['model_draws']}")
+
+
+@cli.command()
+def schema() -> None:
+    """Print every column of a result row as a Markdown table."""
+    from leakbench.results import schema_markdown
+
+    click.echo(schema_markdown())
+
+
+# --- what was measured ------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def status(out: Path, as_json: bool) -> None:
+    """Say how many jobs of the last plan in OUT are done, failed and left."""
+    from leakbench.runner.session import status_of
+
+    state = status_of(out)
+    if as_json:
+        _print_json(state)
+        return
+    jobs = state["jobs"]
+    click.echo(f"{out}: {jobs['done']} of {jobs['planned']} jobs done, {jobs['failed']} failed, {jobs['left']} left")
+    for name, count in state["trials"].items():
+        click.echo(f"  {count} trials {name}")
+    for label in state["failed"]:
+        click.echo(f"  failed: {label}")
+    if jobs["left"]:
+        click.echo(f"resume with: {state['command']}")

@@ -1,0 +1,193 @@
+"""One ``leakbench run``, from a suite's name to rows on disk, and what ``status`` can say of it. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from leakbench.errors import UserError
+from leakbench.keys import DEVELOPMENT, Season
+from leakbench.provenance import code_sha256
+from leakbench.results import completed_jobs, prepare_out
+from leakbench.runner.plan import Job, plan, shard
+from leakbench.runner.pool import OtherCode, Summary, has_failed, resume, run_jobs
+from leakbench.runner.progress import make_display
+from leakbench.suites import load_suite
+
+PLAN_FILE = "plan.json"
+"""Name, in the output directory, of the last plan: what `status` counts the rows against."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for on the command line.
+
+    Args:
+        suite: Name, or path of a YAML file.
+        attacks: Expressions instead of the suite's attacks; empty for those.
+        defenses: Expressions instead of the suite's defenses; empty for those.
+        trials: Instead of the suite's.
+        device: Torch name of a device.
+        workers: Jobs at a time; None: as many as there are CPU cores, at most 8, and one on a GPU.
+        shard: (i, n): the i-th of n parts, from 1.
+        out: Directory of the rows; None: ``runs/SUITE``.
+        isolation: ``auto``, ``none``, ``process`` or ``bwrap``.
+        season_key: File with a season's key; None: the development season.
+        other_code: What to do with rows of other leakbench code.
+        retry_failed: Whether to run failed jobs again.
+        command: What to type to resume.
+    """
+
+    suite: str
+    attacks: tuple[str, ...] = ()
+    defenses: tuple[str, ...] = ()
+    trials: int | None = None
+    device: str = "cpu"
+    workers: int | None = None
+    shard: tuple[int, int] = (1, 1)
+    out: Path | None = None
+    isolation: str = "auto"
+    season_key: Path | None = None
+    other_code: OtherCode = "stop"
+    retry_failed: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did.
+
+    Args:
+        out: Directory of the rows.
+        planned: Jobs of the plan or shard.
+        run: Jobs run now.
+        skipped: Jobs whose rows were there.
+        failed: What failed, now or before: job and error.
+        trials: Trials run now, per status.
+    """
+
+    out: str
+    planned: int
+    run: int
+    skipped: int
+    failed: list[str]
+    trials: dict[str, int]
+
+    def content(self) -> dict[str, Any]:
+        """Return the report as a JSON-able mapping."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Return the report as a few lines that end in the next command."""
+        there = f", {self.skipped} were there" if self.skipped else ""
+        trials = ", ".join(f"{count} {status}" for status, count in sorted(self.trials.items()))
+        lines = [f"{self.run} of {self.planned} jobs run{there}, {len(self.failed)} failed; trials: {trials or 'none'}"]
+        lines += [f"  failed: {line}" for line in self.failed]
+        if self.failed:
+            lines.append("run the failed ones again with --retry-failed")
+        return "\n".join([*lines, f"rows: {self.out}", f"next: leakbench board {self.out}"])
+
+
+def run_suite(request: Request) -> Report:
+    """Run what ``request`` asks for.
+
+    Raises:
+        UserError: Anything the user got wrong, found before the first job starts where possible.
+        KeyboardInterrupt: The user stopped it; finished jobs are on disk.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", request.device):
+        raise UserError(f"--device {request.device}: expected cpu, cuda or cuda:N, e.g. --device cuda:0")
+    season = DEVELOPMENT if request.season_key is None else Season.from_file(request.season_key)
+    suite = load_suite(request.suite)
+    cells = suite.expand(attacks=request.attacks, defenses=request.defenses, trials=request.trials)
+    jobs = plan(cells, season)
+    out = request.out or Path("runs") / suite.name
+    prepare_out(out)
+    mine = shard(jobs, *request.shard)
+    state = resume(mine, out, code_sha256(), other_code=request.other_code, retry_failed=request.retry_failed)
+    _write_plan(out, jobs, season, request.command)
+    summary = _run(state.todo, out, request, season) if state.todo else Summary(0, [], {})
+    return Report(
+        out=str(out),
+        planned=len(mine),
+        run=summary.done,
+        skipped=len(state.skipped),
+        failed=[f"{o.job.label}: {o.error}" for o in summary.failed] + [job.label for job in state.failed],
+        trials=summary.statuses,
+    )
+
+
+def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season) -> Summary:
+    from leakbench.runner.execute import Runner  # imports torch
+
+    workers = request.workers or (min(_cores(), 8) if request.device == "cpu" else 1)
+    entries = {entry.source for job in jobs for entry in (job.attack, *job.defense) if entry.source is not None}
+    display = make_display(sys.stderr, len(jobs))
+    runner = Runner(
+        out,
+        isolation=request.isolation,
+        device=request.device,
+        workers=workers,
+        season=season,
+        files=sorted({file for source in entries for file in source.files}),
+        on_progress=display.report,
+    )
+    with runner:
+        runner.preflight(jobs)
+        with display:
+            return run_jobs(jobs, runner, display, workers=workers)
+
+
+def _cores() -> int:
+    """Return the CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_plan(out: Path, jobs: Sequence[Job], season: Season, command: str) -> None:
+    content = {"season": season.name, "command": command, "jobs": {job.id: job.label for job in jobs}}
+    try:
+        handle, name = tempfile.mkstemp(prefix=".plan.", suffix=".tmp", dir=out)
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file)
+        os.chmod(name, 0o644)  # mkstemp makes files that only the owner reads
+        os.replace(name, out / PLAN_FILE)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: expected a directory that can be written ({error.strerror}); use another --out"
+        ) from None
+
+
+def status_of(out: Path) -> dict[str, Any]:
+    """Return the state of the last run in ``out``: its command, jobs planned, done, failed and left, trials per status.
+
+    Raises:
+        UserError: There is no run.
+    """
+    try:
+        written = json.loads((out / PLAN_FILE).read_bytes())
+        season, labels, command = written["season"], dict(written["jobs"]), written["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"no run in {out}: expected a directory with {PLAN_FILE}; start one with: leakbench run quick --out {out}"
+        ) from None
+    files = {key: file for key, file in completed_jobs(out, season).items() if key in labels}
+    failed = [labels[key] for key, file in files.items() if has_failed(file.statuses)]
+    trials: Counter[str] = Counter()
+    for file in files.values():
+        trials.update(file.statuses)
+    return {
+        "out": str(out),
+        "season": season,
+        "command": command,
+        "jobs": {"planned": len(labels), "done": len(files), "failed": len(failed), "left": len(labels) - len(files)},
+        "trials": dict(sorted(trials.items())),
+        "failed": sorted(failed),
+    }
