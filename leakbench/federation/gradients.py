@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench.errors import LeakbenchError
 from leakbench.models.functional import BatchNormMode, Model
+from leakbench.models.taps import can_tap, tapped_gradients
 
 Reduction = Literal["mean", "sum"]
 
@@ -62,12 +62,28 @@ def per_trial_gradients(
     """
     wanted = _wanted(model, names)
     size = chunk or default_chunk(model, inputs)
-    parts = [
-        _vmapped(model, inputs[i : i + size], labels[i : i + size], i, wanted, batch_norm, reduction, create_graph)
-        for i in range(0, len(inputs), size)
-    ]
+    train = batch_norm == "train" and model.has_batch_norm
+    head = {f"{model.head}.weight", f"{model.head}.bias"}
+    trials = inputs.shape[0]
+    # Written to chunk by chunk: fresh memory per chunk costs more than the arithmetic on small nets.
+    result = {n: inputs.new_empty(trials, *model.parameters[n].shape[1:]) for n in wanted} if not create_graph else {}
+    parts: list[Gradients] = []
+    for first in range(0, trials, size):
+        part = slice(first, first + size)
+        out = {n: v[part] for n, v in result.items()}
+        arguments = (model.trials(first, first + size), inputs[part], labels[part], wanted, reduction, create_graph)
+        if model.head_is_last and head.issuperset(wanted):
+            gradients = _of_head(*arguments, batch_norm)
+        elif not train and can_tap(model, wanted):
+            gradients = _tapped(*arguments, out)
+        else:
+            gradients = _stacked(*arguments, train)
+        for n, v in out.items():
+            if gradients.tensors[n] is not v:
+                v.copy_(gradients.tensors[n])
+        parts.append(gradients if create_graph else Gradients({}, gradients.losses, gradients.buffers))
     return Gradients(
-        {n: torch.cat([p.tensors[n] for p in parts]) for n in wanted},
+        result or {n: torch.cat([p.tensors[n] for p in parts]) for n in wanted},
         torch.cat([p.losses for p in parts]),
         {n: torch.cat([p.buffers[n] for p in parts]) for n in parts[0].buffers},
     )
@@ -85,27 +101,29 @@ def per_example_gradients(
 ) -> dict[str, Tensor]:
     """Return the gradient of each example's own loss: parameter name to (T, B, *shape).
 
-    See `per_trial_gradients`; ``chunk`` counts examples. Their mean over B is the gradient of a trial with
+    See `per_trial_gradients`; ``chunk`` counts examples. The mean over B is the gradient of a trial with
     ``reduction="mean"``.
 
     Raises:
-        LeakbenchError: ``batch_norm="train"`` on a net with BatchNorm: there an example has no loss of its own.
+        LeakbenchError: A name is unknown, or ``batch_norm="train"`` on a net with BatchNorm: there an example has no
+            loss of its own.
     """
     if batch_norm == "train" and model.has_batch_norm:
         raise LeakbenchError("per-example gradients need batch_norm: eval; in train mode examples share statistics")
+
+    def of_examples(weights: Model, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        single = per_trial_gradients(
+            weights, x.unsqueeze(1), y.unsqueeze(1), names=names, create_graph=create_graph, chunk=chunk
+        )
+        return single.tensors
+
     trials, batch = inputs.shape[:2]
-    if model.draws > 1:
-        repeat = {k: v.repeat_interleave(batch, 0) for k, v in model.parameters.items()}
-        model = model.with_state(repeat, {k: v.repeat_interleave(batch, 0) for k, v in model.buffers.items()})
-    single = per_trial_gradients(
-        model,
-        inputs.flatten(0, 1).unsqueeze(1),
-        labels.flatten(0, 1).unsqueeze(1),
-        names=names,
-        create_graph=create_graph,
-        chunk=chunk,
-    )
-    return {k: v.reshape(trials, batch, *v.shape[1:]) for k, v in single.tensors.items()}
+    if model.draws == 1:
+        flat = of_examples(model, inputs.flatten(0, 1), labels.flatten(0, 1))
+        return {n: v.reshape(trials, batch, *v.shape[1:]) for n, v in flat.items()}
+    # A loop over trials: with own weights per trial it is as fast as a batch, and it does not copy them B times.
+    each = [of_examples(model.trials(t, t + 1), inputs[t], labels[t]) for t in range(trials)]
+    return {n: torch.stack([tensors[n] for tensors in each]) for n in each[0]}
 
 
 def default_chunk(model: Model, inputs: Tensor) -> int:
@@ -122,30 +140,77 @@ def _wanted(model: Model, names: Collection[str] | None) -> tuple[str, ...]:
     return tuple(n for n in model.parameters if names is None or n in names)
 
 
-def _vmapped(
+def _loss(logits: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(0, 1), reduction="none").reshape(logits.shape[:2])
+    return each.mean(1) if reduction == "mean" else each.sum(1)
+
+
+def _of_head(
     model: Model,
     inputs: Tensor,
     labels: Tensor,
-    first: int,
     names: tuple[str, ...],
-    batch_norm: BatchNormMode,
     reduction: Reduction,
     create_graph: bool,
+    batch_norm: BatchNormMode,
 ) -> Gradients:
+    """Closed form for the last layer: no backward pass at all."""
+    with torch.set_grad_enabled(create_graph):
+        logits, features, buffers = model.run(inputs, batch_norm=batch_norm)
+        soft = labels if labels.dim() == 3 else F.one_hot(labels, model.num_classes).to(logits.dtype)
+        at_logits = logits.softmax(-1) * soft.sum(-1, keepdim=True) - soft
+        if reduction == "mean":
+            at_logits = at_logits / inputs.shape[1]
+        tensors = {
+            n: at_logits.sum(1) if n.endswith(".bias") else torch.bmm(at_logits.transpose(1, 2), features)
+            for n in names
+        }
+        return Gradients(tensors, _loss(logits, labels, reduction), buffers)
+
+
+def _tapped(
+    model: Model,
+    inputs: Tensor,
+    labels: Tensor,
+    names: tuple[str, ...],
+    reduction: Reduction,
+    create_graph: bool,
+    out: Mapping[str, Tensor],
+) -> Gradients:
+    tensors, losses = tapped_gradients(
+        model,
+        inputs,
+        lambda logits: _loss(logits, labels, reduction),
+        names,
+        create_graph=create_graph,
+        out=out,
+    )
+    return Gradients(tensors, losses, {})
+
+
+def _stacked(
+    model: Model,
+    inputs: Tensor,
+    labels: Tensor,
+    names: tuple[str, ...],
+    reduction: Reduction,
+    create_graph: bool,
+    train: bool,
+) -> Gradients:
+    """Any net: every trial gets its own copy of the weights, so that one backward pass keeps the trials apart."""
+    trials = inputs.shape[0]
     shared = model.draws == 1
-    state = model.parameters | model.buffers
-    state = {k: v[0] if shared else v[first : first + len(inputs)] for k, v in state.items()}
-    train = batch_norm == "train" and model.has_batch_norm
+    frozen = {k: (v[0] if shared else v).detach() for k, v in (model.parameters | model.buffers).items()}
+    own = {n: model.parameters[n].detach().expand(trials, *model.parameters[n].shape[1:]) for n in names}
 
     def loss(
-        wanted: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor
+        weights: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        logits, _, buffers = model.call(rest | wanted, x, train=train)
+        logits, _, buffers = model.call(rest | weights, x, train=train)
         return F.cross_entropy(logits, y, reduction=reduction), buffers
 
-    by_state = None if shared else 0
-    gradient = torch.vmap(grad_and_value(loss, has_aux=True), in_dims=(by_state, by_state, 0, 0))
-    wanted = {n: state.pop(n) for n in names}
-    with torch.set_grad_enabled(create_graph):
-        tensors, (losses, buffers) = gradient(wanted, state, inputs, labels)
-    return Gradients(tensors, losses, buffers)
+    with torch.enable_grad():
+        own = {n: v.requires_grad_() for n, v in own.items()}
+        losses, buffers = torch.vmap(loss, in_dims=(0, None if shared else 0, 0, 0))(own, frozen, inputs, labels)
+        tensors = torch.autograd.grad(losses.sum(), list(own.values()), create_graph=create_graph)
+    return Gradients(dict(zip(names, tensors, strict=True)), losses if create_graph else losses.detach(), buffers)

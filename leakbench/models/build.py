@@ -6,10 +6,11 @@ import importlib
 import re
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from leakbench.errors import UserError
 from leakbench.models.batch_norm import explicit_batch_norm
@@ -18,18 +19,16 @@ from leakbench.models.catalogue import architecture_spec
 if TYPE_CHECKING:
     from leakbench.tasks import Architecture
 
-_GLOBAL_RNG = threading.Lock()
-
-
 Transform = Callable[[nn.Module], nn.Module] | None
+"""A model-level defense's change of the architecture."""
+
+_GLOBAL_RNG = threading.Lock()
 
 
 def build_module(
     architecture: Architecture, input_shape: tuple[int, ...], num_classes: int, transform: Transform = None
 ) -> nn.Module:
     """Return the classifier with its own initialisation, drawn from torch's global generator; see `initialised`.
-
-    ``transform`` is a defense's change of the architecture.
 
     BatchNorm layers are `ExplicitBatchNorm`, activations never work in place, and the module is in eval mode.
 
@@ -47,7 +46,7 @@ def build_module(
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(
             f"architecture {architecture.name!r} with params {architecture.params} cannot be built for inputs {shape}: "
-            f"{_first_line(error)}; change the params, or the dataset for one with other inputs"
+            f"{first_line(error)}; change the params, or the dataset for one with other inputs"
         ) from error
     if transform is not None:
         module = transform(module)
@@ -57,19 +56,26 @@ def build_module(
     return explicit_batch_norm(module).eval().requires_grad_(False)
 
 
+class _SkipInitialisation(TorchFunctionMode):
+    """Leaves tensors as they are allocated; unlike ``torch.device("meta")`` it takes any constructor."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` unless it draws the values of a parameter."""
+        if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def skeleton(
     architecture: Architecture, input_shape: tuple[int, ...], num_classes: int, transform: Transform = None
 ) -> nn.Module:
-    """Return the module without storage where the constructor allows it (fast: nothing is initialised)."""
-    try:
-        with torch.device("meta"):
-            return build_module(architecture, input_shape, num_classes, transform)
-    except UserError as error:
-        # Some constructors read values, which tensors without storage lack; other errors repeat and surface here.
-        try:
-            return initialised(architecture, input_shape, num_classes, 0, transform)
-        except UserError:
-            raise error from None
+    """Return the module without initialising it: its tensors' values mean nothing.
+
+    Raises:
+        UserError: See `build_module`.
+    """
+    with _SkipInitialisation():
+        return build_module(architecture, input_shape, num_classes, transform)
 
 
 def initialised(
@@ -99,12 +105,6 @@ def head_name(module: nn.Module, num_classes: int) -> str | None:
     return heads[-1] if heads else None
 
 
-def dry_run(module: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
-    """Return the logits (1, C) of one input; without values when ``module`` is a skeleton."""
-    device = next(module.parameters()).device
-    with torch.no_grad():
-        return module(torch.zeros(1, *input_shape, device=device))  # type: ignore[no-any-return]
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, for messages that must be one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

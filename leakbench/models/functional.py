@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from leakbench.errors import LeakbenchError, UserError
 from leakbench.models.batch_norm import ExplicitBatchNorm
-from leakbench.models.build import dry_run, head_name, initialised, skeleton
+from leakbench.models.build import first_line, head_name, initialised, skeleton
 from leakbench.models.catalogue import architecture_spec
 
 if TYPE_CHECKING:
@@ -28,12 +28,14 @@ class Model:
     is never active. Calls from several threads are safe; they take turns in the forward pass.
 
     Args:
-        module: What computes; its own tensors are never used (it may live on the meta device).
+        module: What computes; its own tensors are never used (it may be on the meta device).
         parameters: Name to (M, *shape).
         buffers: Name to (M, *shape).
         num_classes: Classes (C).
         input_shape: Shape of one input.
         architecture: What the module was built from.
+        head_is_last: Whether the head's output, for (N, d) features, is what the module returns: the condition for
+            closed forms. False where it is not known.
 
     Raises:
         UserError: The module does not end in a linear layer with ``num_classes`` outputs.
@@ -48,6 +50,7 @@ class Model:
         num_classes: int,
         input_shape: tuple[int, ...],
         architecture: Architecture,
+        head_is_last: bool = False,
     ) -> None:
         head = head_name(module, num_classes)
         if head is None:
@@ -62,6 +65,7 @@ class Model:
         self.input_shape = tuple(input_shape)
         self.architecture = architecture
         self.head = head
+        self.head_is_last = head_is_last
         self.lock = threading.RLock()
         self._norms = [m for m in module.modules() if isinstance(m, ExplicitBatchNorm)]
 
@@ -118,6 +122,15 @@ class Model:
         expanded = [{k: v.expand(draws, *v.shape[1:]) for k, v in part.items()} for part in state]
         return self._copy(*expanded)
 
+    def trials(self, first: int, last: int) -> Model:
+        """Return the model for trials ``first`` to ``last`` (exclusive): itself when all share the weights."""
+        if self.draws == 1:
+            return self
+        part = slice(first, last)
+        return self._copy(
+            {k: v[part] for k, v in self.parameters.items()}, {k: v[part] for k, v in self.buffers.items()}
+        )
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
         """Return the same classifier with its state on ``device`` and its floating-point tensors as ``dtype``."""
 
@@ -155,7 +168,7 @@ class Model:
         Raises:
             ValueError: The leading dimension of ``inputs`` is not M, and M is not 1.
         """
-        trials, batch = inputs.shape[:2]
+        trials = inputs.shape[0]
         if self.draws not in (1, trials):
             raise ValueError(f"expected inputs for {self.draws} trials, got {trials}")
         train = batch_norm == "train" and self.has_batch_norm
@@ -203,6 +216,7 @@ class Model:
             num_classes=self.num_classes,
             input_shape=self.input_shape,
             architecture=self.architecture,
+            head_is_last=self.head_is_last,
         )
         model.lock = self.lock  # they share the module
         return model
@@ -234,7 +248,7 @@ def build_model(
     if (state is None) == (seeds is None):
         raise LeakbenchError("build_model takes either state or seeds")
     module = skeleton(architecture, input_shape, num_classes, transform)
-    _check_output(module, architecture, tuple(input_shape), num_classes)
+    head_is_last = _dry_run(module, architecture, tuple(input_shape), num_classes)
     if state is not None:
         parameters = _part(state, "parameter", dict(module.named_parameters()), architecture)
         buffers = _part(state, "buffer", dict(module.named_buffers()), architecture)
@@ -243,12 +257,13 @@ def build_model(
         parameters = _stack([dict(net.named_parameters()) for net in nets])
         buffers = _stack([dict(net.named_buffers()) for net in nets])
     return Model(
-        module,
+        module.to("meta"),
         parameters,
         buffers,
         num_classes=num_classes,
         input_shape=tuple(input_shape),
         architecture=architecture,
+        head_is_last=head_is_last,
     )
 
 
@@ -286,20 +301,29 @@ def _replace(kind: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) ->
     return {**old, **new}
 
 
-def _check_output(
-    module: nn.Module, architecture: Architecture, input_shape: tuple[int, ...], num_classes: int
-) -> None:
+def _dry_run(module: nn.Module, architecture: Architecture, input_shape: tuple[int, ...], num_classes: int) -> bool:
+    """Check that the module takes such inputs; return whether its head is the last thing it does."""
     shape = "x".join(map(str, input_shape))
+    seen: list[tuple[Tensor, Tensor]] = []
+    name = head_name(module, num_classes)
+    hooks = [
+        module.get_submodule(n).register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+        for n in ([] if name is None else [name])
+    ]
     try:
-        logits = dry_run(module, input_shape)
+        with torch.no_grad():
+            logits = module(torch.zeros(1, *input_shape, device=next(module.parameters()).device))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"architecture {architecture.name!r} cannot take inputs {shape}: {reason}; "
+            f"architecture {architecture.name!r} cannot take inputs {shape}: {first_line(error)}; "
             "choose another architecture, or params such as img_size"
         ) from error
-    if logits.shape != (1, num_classes):
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         raise UserError(
-            f"architecture {architecture.name!r} gives outputs {tuple(logits.shape)} for one input {shape}, expected "
-            f"(1, {num_classes}); choose another architecture"
+            f"architecture {architecture.name!r} does not give {num_classes} logits for an input {shape}; "
+            "choose another architecture"
         )
+    return len(seen) == 1 and seen[0][1] is logits and seen[0][0].dim() == 2

@@ -1,0 +1,122 @@
+"""Per-trial weight gradients from one flat backward pass: gradients at layer outputs times layer inputs.
+
+Goodfellow's idea for single examples (2015, arXiv:1510.01799), here with a trial of B examples as the unit and with
+grouped convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leakbench.models.batch_norm import ExplicitBatchNorm
+from leakbench.models.functional import Model
+from leakbench.models.small import Classifier
+
+
+def can_tap(model: Model, names: Collection[str]) -> bool:
+    """Return whether `tapped_gradients` can compute the gradients of ``names``.
+
+    It needs shared weights, and a net of our own: those call every layer once, never work in place and keep the
+    batch in front, which nothing promises for foreign nets.
+    """
+    if model.draws != 1 or not isinstance(model.module, Classifier):
+        return False
+    return all(_supported(model.module.get_submodule(_layer(name))) for name in names)
+
+
+def tapped_gradients(
+    model: Model,
+    inputs: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    names: Collection[str],
+    *,
+    create_graph: bool = False,
+    out: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return per-trial gradients, parameter name to (T, *shape), and losses (T,), with BatchNorm in eval mode.
+
+    Args:
+        model: One for which `can_tap` is true.
+        inputs: (T, B, *input_shape).
+        loss: Logits (T, B, C) to losses (T,).
+        names: Wanted parameters, at least one.
+        create_graph: Whether the result can be differentiated with respect to inputs and labels.
+        out: Contiguous tensors by parameter name that may be written to and returned, which spares copies.
+    """
+    trials = inputs.shape[0]
+    # The weights are frozen: the backward pass stops at the first tap and computes no summed weight gradients.
+    state = {k: v[0].detach() for k, v in (model.parameters | model.buffers).items()}
+    taps: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def tap(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            taps[layer] = (args[0], output if output.requires_grad else output.requires_grad_())
+
+        return hook
+
+    with torch.enable_grad():
+        with model.lock:
+            layers = dict.fromkeys(_layer(name) for name in names)
+            hooks = [model.module.get_submodule(layer).register_forward_hook(tap(layer)) for layer in layers]
+            try:
+                logits, _, _ = model.call(state, inputs.flatten(0, 1), train=False)
+            finally:
+                for handle in hooks:
+                    handle.remove()
+        losses = loss(logits.reshape(trials, -1, logits.shape[-1]))
+        wanted_at = [output for _, output in taps.values()]
+        at = dict(zip(taps, torch.autograd.grad(losses.sum(), wanted_at, create_graph=create_graph), strict=True))
+    gradients: dict[str, Tensor] = {}
+    with torch.set_grad_enabled(create_graph):
+        for name in names:
+            layer = _layer(name)
+            x = taps[layer][0].reshape(trials, -1, *taps[layer][0].shape[1:])
+            d = at[layer].reshape(trials, -1, *at[layer].shape[1:])
+            if name.endswith(".bias"):
+                gradients[name] = d.sum([i for i in range(d.dim()) if i not in (0, 2)])
+            elif isinstance(module := model.module.get_submodule(layer), nn.Linear):
+                target = None if out is None or create_graph else out[name]
+                gradients[name] = torch.bmm(d.transpose(1, 2), x, out=target)
+            elif isinstance(module, nn.Conv2d):
+                gradients[name] = _convolution(module, x, d)
+            else:
+                running = (state[f"{layer}.running_mean"], state[f"{layer}.running_var"])
+                gradients[name] = _batch_norm(module, x, d, *running)
+    return gradients, losses if create_graph else losses.detach()
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _supported(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if isinstance(layer, ExplicitBatchNorm):
+        return layer.running_mean is not None and len(layer.after) == 0
+    return isinstance(layer, nn.Linear)
+
+
+def _convolution(layer: nn.Conv2d, x: Tensor, d: Tensor) -> Tensor:
+    """Weight gradients (T, O, C / groups, h, w) of inputs (T, B, C, *) and output gradients (T, B, O, *)."""
+    trials = x.shape[0]
+    # One grouped convolution over B examples with the trials side by side in the channels.
+    x, d = (v.transpose(0, 1).flatten(1, 2) for v in (x, d))
+    shape = layer.weight.shape
+    weight = x.new_empty(()).expand(trials * shape[0], *shape[1:])  # only its shape is read
+    arguments: list[Any] = [list(v) for v in (layer.stride, layer.padding, layer.dilation)]
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        d, x, weight, None, *arguments, False, [0, 0], trials * layer.groups, [False, True, False]
+    )[1]
+    return gradient.reshape(trials, *shape)
+
+
+def _batch_norm(layer: nn.Module, x: Tensor, d: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    assert isinstance(layer, ExplicitBatchNorm)  # noqa: S101 - see _supported
+    trailing = (-1,) + (1,) * (x.dim() - 3)
+    normalised = (x - mean.reshape(trailing)) * (variance + layer.eps).rsqrt().reshape(trailing)
+    return (d * normalised).sum([i for i in range(d.dim()) if i not in (0, 2)])
