@@ -105,6 +105,19 @@ class RecoveryShape:
             model_evaluations=recovery.model_evaluations,
         )
 
+    def claim(self, tensors: Mapping[str, Tensor], evaluations: object, target: str) -> Recovery:
+        """Rebuild and check a recovery that came over the process boundary.
+
+        Raises:
+            InvalidOutput: See `check`; also unknown tensors, or a count of evaluations that is none.
+        """
+        fields = {"label_counts", "inputs", "visible_loss", "visible_loss_trace"}
+        if not set(tensors) <= fields:
+            raise InvalidOutput(f"sent {sorted(set(tensors) - fields)[0]!r}, which is no field of a Recovery")
+        if not isinstance(evaluations, int) or not 0 <= evaluations < 1 << 62:
+            raise InvalidOutput("sent no proper count of model evaluations")
+        return self.check(Recovery(**tensors, model_evaluations=evaluations), frozenset({target}))
+
     def _counts(self, counts: Tensor | None) -> Tensor:
         expected = f"({self.trials}, {self.clients} or 1, {self.num_classes})"
         if counts is None:

@@ -297,38 +297,47 @@ def _describe(request: Mapping[str, Any]) -> dict[str, Any]:
         name = vars(cls).get("name", request["name"])
         if request.get("module") and name != request["name"]:
             raise InvalidOutput(f"is registered as {name!r}, but its file is called {request['name']!r}")
-        doc = inspect.getdoc(cls) or ""
-        params, required = _signature(cls)
-        described = {
-            "kind": request["kind"],
-            "name": name,
-            "class_name": cls.__name__,
-            "version": int(getattr(cls, "version", 1)),
-            "summary": doc.split("\n", 1)[0],
-            "reference": _reference(doc),
-            "doc": doc,
-            "params": params,
-            "required": required,
-        }
-        if issubclass(cls, Attack):
-            recovers, needs = frozenset(getattr(cls, "recovers", ())), frozenset(cls.needs)
-            if not recovers or recovers - {"labels", "inputs"}:
-                raise InvalidOutput(f"recovers: expected a set out of 'labels' and 'inputs', got {set(recovers)}")
-            if needs - NEEDS:
-                raise InvalidOutput(f"needs: {sorted(needs - NEEDS)} is unknown; known: {sorted(NEEDS)}")
-            described |= {
-                "recovers": sorted(recovers),
-                "needs": sorted(needs),
-                "reads": list(cls.reads),
-                "prepares": cls.prepare is not Attack.prepare,
-                "plants": cls.plant is not Attack.plant,
-            }
-        elif issubclass(cls, Defense):
-            hooks = [hook for hook in HOOKS if getattr(cls, hook) is not getattr(Defense, hook)]
-            described |= {"acts_on": hooks, "strength": list(cls.strength) if cls.strength else None}
+        return {"ok": describe_class(cls, request["kind"], name)}
     except Exception as error:
         return {"error": _line(error)}
-    return {"ok": described}
+
+
+def describe_class(cls: type[Entry], kind: str, name: str) -> dict[str, Any]:
+    """Return the fields of `leakbench.entries.Description` that a class tells.
+
+    Raises:
+        InvalidOutput: A declaration is missing or unknown.
+    """
+    doc = inspect.getdoc(cls) or ""
+    params, required = _signature(cls)
+    described: dict[str, Any] = {
+        "kind": kind,
+        "name": name,
+        "class_name": cls.__name__,
+        "version": int(getattr(cls, "version", 1)),
+        "summary": doc.split("\n", 1)[0],
+        "reference": _reference(doc),
+        "doc": doc,
+        "params": params,
+        "required": required,
+    }
+    if issubclass(cls, Attack):
+        recovers, needs = frozenset(getattr(cls, "recovers", ())), frozenset(cls.needs)
+        if not recovers or recovers - {"labels", "inputs"}:
+            raise InvalidOutput(f"recovers: expected a set out of 'labels' and 'inputs', got {set(recovers)}")
+        if needs - NEEDS:
+            raise InvalidOutput(f"needs: {sorted(needs - NEEDS)} is unknown; known: {sorted(NEEDS)}")
+        described |= {
+            "recovers": sorted(recovers),
+            "needs": sorted(needs),
+            "reads": list(cls.reads),
+            "prepares": cls.prepare is not Attack.prepare,
+            "plants": cls.plant is not Attack.plant,
+        }
+    elif issubclass(cls, Defense):
+        described["acts_on"] = [hook for hook in HOOKS if getattr(cls, hook) is not getattr(Defense, hook)]
+        described["strength"] = list(cls.strength) if cls.strength else None
+    return described
 
 
 def _signature(cls: type[Entry]) -> tuple[dict[str, Any], list[str]]:

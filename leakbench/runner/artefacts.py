@@ -1,0 +1,75 @@
+"""What `Attack.prepare` computed, kept as content-addressed safetensors files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from leakbench.runner.scene import Kept
+from leakbench.runner.wire import Blob
+from leakbench.tasks import content_hash
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A prepared artefact, ready to be sent to attack children.
+
+    Args:
+        blob: Its tensors.
+        seconds: What it cost to compute, wherever that was.
+    """
+
+    blob: Blob
+    seconds: float
+
+
+class Artefacts:
+    """A folder of artefacts; each is computed once, by whichever worker or run needs it first.
+
+    Args:
+        folder: Where they are kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._recent = Kept(8)
+
+    def get(
+        self, identity: Mapping[str, Any], compute: Callable[[], tuple[dict[str, Tensor], float]]
+    ) -> Artefact:
+        """Return the artefact of ``identity``, from memory, from the folder, or by ``compute``."""
+        name = content_hash(identity)
+        return self._recent.get(name, lambda: self._load(name) or self._make(name, compute))
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name[:2] / f"{name}.safetensors"
+
+    def _load(self, name: str) -> Artefact | None:
+        """Read an artefact; a missing or damaged file is None and will be computed again."""
+        try:
+            with safe_open(self._path(name), framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+                return Artefact(Blob.pack(tensors), float(file.metadata()["seconds"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    def _make(self, name: str, compute: Callable[[], tuple[dict[str, Tensor], float]]) -> Artefact:
+        tensors, seconds = compute()
+        kept = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(safetensors.torch.save(kept, metadata={"seconds": repr(seconds)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return Artefact(Blob.pack(kept), seconds)

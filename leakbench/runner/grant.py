@@ -1,0 +1,71 @@
+"""What an attack child is handed: exactly what the threat model grants, and what of the update it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leakbench.data import Dataset
+from leakbench.models.functional import Model
+from leakbench.tasks import Protocol, Task
+
+
+def granted_names(task: Task, model: Model) -> frozenset[str]:
+    """Return everything an attack's ``needs`` may count on: the grants, and the facts of the task."""
+    facts = {
+        "head_bias": model.has_head_bias,
+        "nonnegative_features": model.nonnegative_features is True,
+        "single_example": task.inputs_per_client * task.protocol.clients == 1,
+    }
+    return task.threat_model.granted() | {name for name, true in facts.items() if true}
+
+
+def read_names(reads: Sequence[str], model: Model, protocol: Protocol) -> list[str]:
+    """Return the update tensors that patterns name; ``head.weight`` and ``head.bias`` mean the last linear layer."""
+    patterns = [
+        pattern.replace("head.", f"{model.head}.", 1) if pattern in ("head.weight", "head.bias") else pattern
+        for pattern in reads
+    ]
+    names = [*model.parameters, *(model.buffers if protocol.send_buffers else ())]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def granted_facts(
+    task: Task, data: Dataset, *, wall_seconds: float | None, model_evaluations: int | None
+) -> dict[str, Any]:
+    """Return the JSON of `leakbench.knowledge.Facts`, with everything withheld left out."""
+    threat, protocol = task.threat_model, task.protocol
+    withheld: dict[str, Any] = {}
+    if not threat.lr:
+        withheld |= {"lr": Protocol().lr, "momentum": 0.0, "weight_decay": 0.0}
+    if not threat.local_steps:
+        withheld |= {"local_steps": 1, "batches": "same", "batches_per_epoch": 1}
+    return {
+        "granted": sorted(threat.granted()),
+        "protocol": protocol.model_copy(update=withheld).model_dump_json(),
+        "input_spec": data.input_spec.model_dump_json(),
+        "normalised": task.normalise,
+        "num_classes": data.num_classes,
+        "clients": protocol.clients,
+        "batch_size": task.batch.size if threat.batch_size else None,
+        "inputs_per_client": task.inputs_per_client if threat.batch_size else None,
+        "class_prior": data.class_prior().tolist() if threat.label_prior else None,
+        "wall_seconds": wall_seconds,
+        "model_evaluations": model_evaluations,
+    }
+
+
+def granted_state(task: Task, model: Model) -> dict[str, Tensor]:
+    """Return the model's tensors that may be known: without running statistics where those are withheld."""
+    tensors = model.tensors()
+    if task.threat_model.bn_statistics == "none":
+        for name in tensors:
+            if name.endswith("running_mean"):
+                tensors[name] = torch.zeros_like(tensors[name])
+            elif name.endswith("running_var"):
+                tensors[name] = torch.ones_like(tensors[name])
+    return tensors

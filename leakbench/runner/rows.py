@@ -1,0 +1,154 @@
+"""From a job's outcome to its rows: scoring happens here, in the process that holds the truth."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leakbench.attack import Recovery
+from leakbench.data import Victims, decoder_versions
+from leakbench.entries import EntrySpec
+from leakbench.federation.inputs import to_inputs
+from leakbench.metrics import METRICS
+from leakbench.metrics.images import score_images
+from leakbench.metrics.labels import score_labels
+from leakbench.results import blank_row, task_columns
+from leakbench.runner.plan import Job
+from leakbench.runner.scene import Scenes, Weights, pixels
+
+
+@dataclass
+class Outcome:
+    """What a job came to.
+
+    Args:
+        status: ``ok`` or why not.
+        error: One line where not ok.
+        recovery: The checked claim.
+        wall_seconds: Of the attack, whole block.
+        client_seconds: Of the clients, whole block.
+        prepare_seconds: Of the preparation, once per artefact.
+        peak_memory: Of the attack's process, bytes.
+        isolation: What confined the children.
+        update_bytes: Most bytes that an update may have.
+    """
+
+    status: str
+    error: str | None = None
+    recovery: Recovery | None = None
+    wall_seconds: float | None = None
+    client_seconds: float = 0.0
+    prepare_seconds: float | None = None
+    peak_memory: int | None = None
+    isolation: dict[str, Any] = field(default_factory=dict)
+    update_bytes: int = 0
+
+    def fail(self, status: str, error: str) -> None:
+        """Note why there is no recovery."""
+        self.status, self.error, self.recovery = status, error, None
+
+
+def job_rows(
+    job: Job,
+    outcome: Outcome,
+    scenes: Scenes,
+    victims: Victims | None,
+    weights: Weights | None,
+    provenance: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Return one row for every trial of the job, whatever happened to it."""
+    count = len(job.trials)
+    fixed = {
+        **blank_row(),
+        **task_columns(job.task),
+        **_entry("attack", (job.attack,)),
+        **_entry("defense", job.defense),
+        **provenance,
+        "season": job.season.name,
+        "season_commitment": job.season.commitment,
+        "suite": job.suite,
+        "budget_model_evaluations": job.model_evaluations,
+        "budget_wall_seconds": job.wall_seconds,
+        "job_id": job.id,
+        "block_start": job.start,
+        "block_stop": job.stop,
+        "model_draws": job.model_draws,
+        "threads": job.threads,
+        "status": outcome.status,
+        "error": outcome.error,
+        "prepare_seconds": outcome.prepare_seconds,
+        "peak_memory_bytes": outcome.peak_memory,
+        "utc": datetime.datetime.now(datetime.UTC),
+    }
+    columns: dict[str, Sequence[Any]] = {"trial": list(job.trials)}
+    if outcome.wall_seconds is not None:
+        fixed["wall_seconds"] = outcome.wall_seconds / count
+        fixed["device_seconds"] = outcome.wall_seconds / count if fixed["device"] != "cpu" else None
+    if outcome.client_seconds:
+        fixed["client_seconds"] = outcome.client_seconds / count
+    columns["draw"] = list(job.trials) if job.model_draws == "per_trial" else [0] * count
+    if weights is not None:
+        columns["draw"] = [weights.draws[t % len(weights.draws)] for t in range(count)]
+        columns["checkpoint_sha256"] = [weights.sha256[t % len(weights.sha256)] for t in range(count)]
+        fixed["checkpoint_origin"] = weights.origin
+    if victims is not None:
+        data = scenes.dataset(job.task)
+        fixed["dataset_fingerprint"] = data.fingerprint
+        fixed["decoder"] = decoder_versions()
+        fixed["num_classes"] = data.num_classes
+        counts = _counts(victims, data.num_classes)
+        columns["distinct_labels"] = (counts.sum(1) > 0).sum(1).tolist()
+        columns["max_label_count"] = counts.sum(1).amax(1).tolist()
+        scores = _scores(job, outcome.recovery, scenes, victims, counts)
+        columns |= {name: values.tolist() for name, values in scores.items()}
+    recovery = outcome.recovery
+    if recovery is not None:
+        fixed["model_evaluations"] = recovery.model_evaluations
+        if recovery.visible_loss is not None:
+            columns["visible_loss"] = recovery.visible_loss.double().tolist()
+    return [{**fixed, **{name: values[t] for name, values in columns.items()}} for t in range(count)]
+
+
+def _entry(kind: str, chain: Sequence[EntrySpec]) -> dict[str, Any]:
+    """Columns of an attack or of a chain of defenses; a chain's parts are joined by ``+``."""
+    hashes = [part.description.source_sha256 for part in chain]
+    params = [dict(part.params) for part in chain]
+    shown: Any = params[0] if len(params) == 1 else params or {}
+    return {
+        kind: "+".join(part.name for part in chain) or "none",
+        f"{kind}_version": max((part.description.version for part in chain), default=1),
+        f"{kind}_params": json.dumps(shown, sort_keys=True, separators=(",", ":")),
+        f"{kind}_source_sha256": "+".join(h for h in hashes if h) or None,
+    }
+
+
+def _counts(victims: Victims, classes: int) -> Tensor:
+    """Return the true label counts (T, K, C)."""
+    labels = torch.tensor(victims.labels)
+    return torch.nn.functional.one_hot(labels, classes).sum(2)
+
+
+def _scores(
+    job: Job, recovery: Recovery | None, scenes: Scenes, victims: Victims, counts: Tensor
+) -> dict[str, Tensor]:
+    """Return the metrics of the task's target and their chance levels or floors, (T,) each."""
+    task = job.task
+    if task.target == "labels":
+        levels = scenes.chance(task)
+        scores = {f"{n}_chance": torch.full((len(counts),), level) for n, level in levels.items()}
+        if recovery is not None and recovery.label_counts is not None:
+            scores |= score_labels(counts, recovery.label_counts)
+        return scores
+    data = scenes.dataset(task)
+    true = pixels(to_inputs(victims.inputs, data.input_spec, task.normalise), task, data).flatten(1, 2)
+    floors = scenes.floors(task, job.trials)
+    if recovery is not None and recovery.inputs is not None:
+        return score_images(pixels(recovery.inputs, task, data), true, floors)
+    floored = score_images(floors["mean_image"].expand_as(true), true, floors)
+    return {name: values for name, values in floored.items() if name not in METRICS}
