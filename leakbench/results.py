@@ -217,7 +217,8 @@ def completed_jobs(out: Path, season: str) -> dict[str, JobFile]:
 
 
 _SAME_TRIAL = [
-    *("season", "benchmark_version", "task_hash", "dataset_fingerprint", "checkpoint_sha256", "model_draws", "draw"),
+    *("season", "season_commitment", "benchmark_version"),
+    *("task_hash", "dataset_fingerprint", "checkpoint_sha256", "model_draws", "draw"),
     *("attack", "attack_version", "attack_params", "attack_source_sha256"),
     *("defense", "defense_version", "defense_params", "defense_source_sha256"),
     *("budget_model_evaluations", "budget_wall_seconds", "trial"),

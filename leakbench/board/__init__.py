@@ -1,1 +1,1 @@
-"""leakbench.board."""
+"""Boards: ranked views of result rows. DataFrame in, DataFrame or text out; no torch here."""

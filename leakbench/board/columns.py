@@ -1,0 +1,196 @@
+"""The columns of the board: what is computed from the rows of one attack, defense and task.
+
+An attack is never rewarded for failing: a trial that failed counts as the chance level (labels) or floor (inputs) of
+its metric. Trials that were not applicable or not available are counted and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from leakbench.board.stats import Interval, bootstrap
+from leakbench.keys import DEVELOPMENT
+from leakbench.metrics import METRICS, MetricSpec, headline
+from leakbench.schema import FAILURES, STATUSES
+
+DEMONSTRATION_DATASETS = frozenset({"digits"})
+"""Datasets that are in every environment, an attack's included: their rows demonstrate and are never ranked."""
+
+TASK_KEYS = (
+    *("season", "season_commitment", "benchmark_version", "lane", "task", "task_version", "task_hash", "target"),
+    *("dataset", "dataset_fingerprint", "checkpoint", "model_draws"),
+    *("budget_model_evaluations", "budget_wall_seconds"),
+)
+"""What rows must agree on to be compared. ``checkpoint`` is the origin of the weights, and for locally trained ones
+also a digest of them."""
+
+ATTACK_KEYS = ("attack", "attack_version", "attack_params", "attack_source_sha256")
+DEFENSE_KEYS = ("defense", "defense_version", "defense_params", "defense_source_sha256")
+CELL_KEYS = (*TASK_KEYS, *ATTACK_KEYS, *DEFENSE_KEYS)
+
+
+def entry_label(name: str, params: str) -> str:
+    """Return ``topk(keep=0.1)`` for the name and JSON parameters of an entry."""
+    items = json.loads(params).items() if params else ()
+    return name + (f"({', '.join(f'{key}={value}' for key, value in items)})" if items else "")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The rows of one attack against one defense on one task.
+
+    Args:
+        keys: Values of `CELL_KEYS`.
+        rows: All rows, by draw and trial.
+    """
+
+    keys: dict[str, Any]
+    rows: pd.DataFrame
+
+    @cached_property
+    def metric(self) -> MetricSpec:
+        """The metric that ranks."""
+        return headline(self.keys["target"])
+
+    @cached_property
+    def tried(self) -> pd.DataFrame:
+        """The rows that count: succeeded or failed."""
+        return self.rows[self.rows["status"].isin(["ok", *FAILURES])]
+
+    @cached_property
+    def clusters(self) -> list[tuple[int, int]]:
+        """What is resampled together: one model draw and victim."""
+        return list(zip(self.tried["draw"].tolist(), self.tried["trial"].tolist(), strict=True))
+
+    def reference(self, spec: MetricSpec) -> NDArray[np.float64]:
+        """Return the chance or floor of each trial, that of the other trials' mean where a failed row lacks it."""
+        values = self.tried[spec.reference].to_numpy(float)
+        known = values[~np.isnan(values)]
+        return np.where(np.isnan(values), known.mean() if len(known) else np.nan, values)
+
+    def values(self, spec: MetricSpec) -> NDArray[np.float64]:
+        """Return the value of each trial; a failed one, or one without a value, is its reference."""
+        values = self.tried[spec.name].to_numpy(float)
+        scored = (self.tried["status"] == "ok").to_numpy() & ~np.isnan(values)
+        return np.where(scored, values, self.reference(spec))
+
+    def mean(self, spec: MetricSpec) -> float:
+        """Return the mean value of any metric; NaN for those of another target."""
+        return float(self.values(spec).mean()) if len(self.tried) and spec.target == self.keys["target"] else np.nan
+
+    @cached_property
+    def score(self) -> Interval:
+        """Mean of the ranking metric."""
+        return bootstrap(self.values(self.metric), self.clusters, "mean", *self.keys.values())
+
+    @cached_property
+    def chance(self) -> float:
+        """Mean chance or floor of the ranking metric."""
+        return float(self.reference(self.metric).mean()) if len(self.tried) else np.nan
+
+    @cached_property
+    def advantage(self) -> Interval:
+        """(v - c) / (1 - c) for labels: 0 is chance, 1 is everything; undefined where chance is everything."""
+        if self.metric.target != "labels" or not self.chance < 1:
+            return Interval(np.nan, np.nan, np.nan)
+        return Interval(*((value - self.chance) / (1 - self.chance) for value in self.score))
+
+    @cached_property
+    def gain(self) -> Interval:
+        """Gain over the floor of the same trial, for inputs."""
+        if self.metric.target != "inputs":
+            return Interval(np.nan, np.nan, np.nan)
+        difference = self.values(self.metric) - self.reference(self.metric)
+        return bootstrap(difference, self.clusters, "gain", *self.keys.values())
+
+    def count(self, *statuses: str) -> int:
+        """Return the number of rows with one of the statuses."""
+        return int(self.rows["status"].isin(statuses).sum())
+
+    @property
+    def coverage(self) -> float:
+        """Share of the trials that count that succeeded."""
+        return self.count("ok") / len(self.tried) if len(self.tried) else np.nan
+
+    @cached_property
+    def by_trial(self) -> pd.Series[float]:
+        """Values of the ranking metric by (draw, trial)."""
+        index = pd.MultiIndex.from_tuples(self.clusters, names=["draw", "trial"])
+        return pd.Series(self.values(self.metric), index=index).groupby(level=[0, 1]).mean()
+
+    @cached_property
+    def ranked(self) -> bool:
+        """Whether the cell may count as a record."""
+        return (
+            len(self.tried) > 0
+            and self.keys["season"] != DEVELOPMENT.name
+            and not pd.isna(self.keys["lane"])
+            and self.keys["dataset"] not in DEMONSTRATION_DATASETS
+            and "none" not in set(self.rows["isolation"])
+        )
+
+
+@dataclass(frozen=True)
+class BoardColumn:
+    """One column of the board: a new one is a new entry of `COLUMNS`.
+
+    Args:
+        key: Column name.
+        label: What it is, in a line.
+        produce: Its value for one cell.
+    """
+
+    key: str
+    label: str
+    produce: Callable[[Cell], Any]
+
+
+def _label(cell: Cell, kind: str) -> str:
+    return entry_label(cell.keys[kind], cell.keys[f"{kind}_params"])
+
+
+def _failure(cell: Cell) -> str | None:
+    errors = cell.rows.loc[cell.rows["status"] != "ok", "error"].dropna()
+    return None if errors.empty else str(errors.value_counts().index[0])
+
+
+def _status(status: str) -> BoardColumn:
+    return BoardColumn(status, f"trials with status {status}", lambda c: c.count(status))
+
+
+def _mean(spec: MetricSpec) -> BoardColumn:
+    return BoardColumn(spec.name, f"mean of {spec.name}", lambda c: c.mean(spec))
+
+
+COLUMNS: tuple[BoardColumn, ...] = (
+    BoardColumn("attack_label", "attack with its parameters", lambda c: _label(c, "attack")),
+    BoardColumn("defense_label", "defense with its parameters", lambda c: _label(c, "defense")),
+    BoardColumn("metric", "metric that ranks", lambda c: c.metric.name),
+    BoardColumn("n", "trials that count: succeeded or failed", lambda c: len(c.tried)),
+    *map(_status, STATUSES),
+    BoardColumn("coverage", "share of n that succeeded", lambda c: c.coverage),
+    BoardColumn("mean", "mean of the ranking metric", lambda c: c.score.mean),
+    BoardColumn("ci_low", "lower end of its 95% interval", lambda c: c.score.low),
+    BoardColumn("ci_high", "upper end of its 95% interval", lambda c: c.score.high),
+    BoardColumn("reference", "chance (labels) or floor (inputs) of the ranking metric", lambda c: c.chance),
+    BoardColumn("advantage", "labels: (mean - chance) / (1 - chance)", lambda c: c.advantage.mean),
+    BoardColumn("advantage_low", "lower end of its 95% interval", lambda c: c.advantage.low),
+    BoardColumn("advantage_high", "upper end of its 95% interval", lambda c: c.advantage.high),
+    BoardColumn("gain", "inputs: mean gain over the floor of the same trial, dB", lambda c: c.gain.mean),
+    BoardColumn("gain_low", "lower end of its 95% interval", lambda c: c.gain.low),
+    BoardColumn("gain_high", "upper end of its 95% interval", lambda c: c.gain.high),
+    BoardColumn("seconds", "wall seconds of the attack per trial", lambda c: c.tried["wall_seconds"].mean()),
+    BoardColumn("isolation", "isolation levels of the rows", lambda c: ", ".join(sorted(set(c.rows["isolation"])))),
+    BoardColumn("failure", "most frequent error", _failure),
+    BoardColumn("ranked", "whether the cell may count as a record", lambda c: c.ranked),
+    *map(_mean, METRICS.values()),
+)
+"""The columns that follow the keys, in order."""

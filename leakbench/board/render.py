@@ -1,0 +1,218 @@
+"""The board as text: terminal, Markdown, CSV and JSON. rich is imported by the terminal only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+from leakbench.board.columns import CELL_KEYS, COLUMNS, DEMONSTRATION_DATASETS, TASK_KEYS
+from leakbench.board.score import TABLE_COLUMNS, group_ids
+from leakbench.board.stats import CONFIDENCE, RESAMPLES
+from leakbench.keys import DEVELOPMENT
+from leakbench.metrics import METRICS, headline
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Line = Mapping[Any, Any]
+"""One cell, by column name."""
+
+_LONGEST_LABEL = 40
+
+
+@dataclass(frozen=True)
+class ViewColumn:
+    """One column of the printed tables: a new one is a new entry of `VIEW`.
+
+    Args:
+        title: Its heading; ``{metric}`` and ``{reference}`` are filled in.
+        text: What it shows of a cell.
+        right: Whether it is aligned to the right.
+    """
+
+    title: str
+    text: Callable[[Line], str]
+    right: bool = True
+
+
+def _number(value: float, target: str) -> str:
+    return "-" if pd.isna(value) else f"{value:z.2f}" if target == "labels" else f"{value:z.1f}"
+
+
+def _interval(line: Line) -> str:
+    value, low, high = (_number(line[key], line["target"]) for key in ("mean", "ci_low", "ci_high"))
+    return value if value == "-" else f"{value} [{low}, {high}]" if low != "-" else f"{value} [?]"
+
+
+def _edge(line: Line) -> str:
+    return _number(line["advantage" if line["target"] == "labels" else "gain"], line["target"])
+
+
+def _trials(line: Line) -> str:
+    if line["n"]:
+        return f"{line['ok']}/{line['n']}"
+    return "n/a" if line["not_applicable"] else "unavailable"
+
+
+def _tie(line: Line) -> str:
+    return "" if pd.isna(line["rank_group"]) else str(int(line["rank_group"]))
+
+
+VIEW: tuple[ViewColumn, ...] = (
+    ViewColumn("attack", lambda c: c["attack_short"], right=False),
+    ViewColumn("{metric}", _interval),
+    ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
+    ViewColumn("{edge}", _edge),
+    ViewColumn("group", _tie),
+    ViewColumn("trials", _trials),
+    ViewColumn("s", lambda c: "-" if pd.isna(c["seconds"]) else f"{c['seconds']:.3g}"),
+)
+"""The columns of terminal and Markdown tables that follow the defense, in order."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One printed table: a task.
+
+    Args:
+        title: The task and what was compared.
+        header: Headings, one per entry of `VIEW`.
+        lines: Defense, and text per entry of `VIEW`.
+        caption: What the reader has to know.
+    """
+
+    title: str
+    header: list[str]
+    lines: list[tuple[str, list[str]]]
+    caption: str
+
+
+def notes(board: pd.DataFrame) -> list[str]:
+    """Return the lines that stand above a board: what its numbers may be used for."""
+    lines = [
+        f"season {season}, benchmark {version}"
+        + (": a public key, for development; no records." if season == DEVELOPMENT.name else ".")
+        for season, version in board[["season", "benchmark_version"]].drop_duplicates().itertuples(index=False)
+    ]
+    lines += [
+        f"{name} is a demonstration lane: it is in every environment, an attack's too, and is never ranked."
+        for name in sorted(DEMONSTRATION_DATASETS & set(board["dataset"]))
+    ]
+    if board["isolation"].str.contains("none").any():
+        lines.append("Rows of isolation none were made without the process boundary: to debug, not to publish.")
+    return lines
+
+
+def _short_labels(board: pd.DataFrame, kind: str) -> pd.Series[str]:
+    """Return labels that fit: a long one keeps the parameters in which entries of its name differ."""
+    parameters = board[f"{kind}_params"].map(lambda text: json.loads(text) if text else {})
+
+    def short(index: Any) -> str:
+        label, name = str(board.at[index, f"{kind}_label"]), str(board.at[index, kind])
+        if len(label) <= _LONGEST_LABEL:
+            return label
+        siblings = parameters[board[kind] == name]
+        own = {k: v for k, v in parameters[index].items() if any(other.get(k) != v for other in siblings)}
+        return name + (f"({', '.join(f'{k}={v}' for k, v in own.items())})" if own else "")
+
+    labels = pd.Series([short(index) for index in board.index], index=board.index, dtype=object)
+    # The same name and parameters from another source or version are told apart by the source.
+    keys = [f"{kind}_version", f"{kind}_source_sha256"]
+    for label in labels.unique():
+        same = board.loc[labels == label, keys]
+        if len(same.drop_duplicates()) > 1:
+            labels[labels == label] += " @" + same[keys[1]].fillna("no file").str[:7]
+    return labels
+
+
+def tables(board: pd.DataFrame) -> Iterator[Table]:
+    """Yield one table per task, undefended cells first, then by defense, the best attack first."""
+    for _, task in board.groupby(group_ids(board, TASK_KEYS), sort=False):
+        first = task.iloc[0]
+        spec = headline(first["target"])
+        task = task.assign(
+            defense_short=_short_labels(task, "defense"),
+            attack_short=_short_labels(task, "attack"),
+            _defended=task["defense"] != "none",
+        ).sort_values(["_defended", "defense_label", "mean"], ascending=[True, True, False], kind="stable")
+        names = {
+            "metric": spec.name.replace("_", " ") + (f" [{spec.unit}]" if spec.unit != "1" else ""),
+            "reference": "chance" if spec.target == "labels" else "floor",
+            "edge": "advantage" if spec.target == "labels" else "gain",
+        }
+        where = [str(first["season"]), str(first["lane"]) if not pd.isna(first["lane"]) else "no lane"]
+        if not pd.isna(first["checkpoint"]):
+            where.append(f"weights {first['checkpoint']}")
+        detectable = task["detectable"].median()
+        yield Table(
+            title=f"{first['task']}  ({', '.join(where)})",
+            header=[column.title.format(**names) for column in VIEW],
+            lines=[(c["defense_short"], [column.text(c) for column in VIEW]) for c in task.to_dict("records")],
+            caption=f"{CONFIDENCE:.0%} bootstrap intervals over trials; a failed trial counts as {names['reference']}; "
+            "attacks of one group cannot be told apart; s: seconds per trial"
+            + (f"; detectable difference about {detectable:.2g}" if detectable > 0 else ""),
+        )
+
+
+def terminal(board: pd.DataFrame, console: Console | None = None) -> None:
+    """Print the board.
+
+    Args:
+        board: What `leakbench.board.score.cells` returns.
+        console: Where to; standard output by default.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = console or Console()
+    for note in notes(board):
+        console.print(Text(note, style="bold"))
+    for table in tables(board):
+        rich_table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for heading, column in zip(table.header, VIEW, strict=True):
+            justify: Literal["left", "right"] = "right" if column.right else "left"
+            rich_table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=column.right)
+        # The defense is a line of its own, so that a table fits 80 columns.
+        for defense, lines in groupby(table.lines, key=lambda line: line[0]):
+            rich_table.add_row(Text(f"vs {defense}", style="bold"))
+            for _, texts in lines:
+                rich_table.add_row(*map(Text, texts))
+        console.print("", Text(table.title, style="bold"), rich_table, Text(table.caption, style="dim"), sep="\n")
+
+
+def markdown(board: pd.DataFrame) -> str:
+    """Return the board as Markdown."""
+    parts = ["\n".join(f"> {note}" for note in notes(board))]
+    for table in tables(board):
+        rule = ["---", *("---:" if column.right else "---" for column in VIEW)]
+        rows = [["defense", *table.header], rule, *([defense, *texts] for defense, texts in table.lines)]
+        lines = ["| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in rows]
+        parts.append("\n".join([f"### {table.title}", "", *lines, "", f"*{table.caption}*"]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def to_csv(board: pd.DataFrame) -> str:
+    """Return every column of every cell as CSV."""
+    return str(board.to_csv(index=False))
+
+
+def to_json(board: pd.DataFrame) -> str:
+    """Return every column of every cell as JSON: ``{"meta": ..., "cells": [...]}``; what is unknown is null."""
+    columns = dict.fromkeys(CELL_KEYS, "identity")
+    columns |= {column.key: column.label for column in COLUMNS} | TABLE_COLUMNS
+    meta = {
+        "notes": notes(board),
+        "columns": columns,
+        "metrics": {name: spec.description for name, spec in METRICS.items()},
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+    }
+    lines = json.loads(board.to_json(orient="records", double_precision=15))
+    return json.dumps({"meta": meta, "cells": lines}, indent=1)

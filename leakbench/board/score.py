@@ -1,0 +1,134 @@
+"""From rows to cells: one line per (task, attack, defense), with interval, chance and ties."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from leakbench.board.columns import ATTACK_KEYS, CELL_KEYS, COLUMNS, DEFENSE_KEYS, TASK_KEYS, Cell
+from leakbench.board.stats import detectable_difference, rank_groups
+
+TABLE_COLUMNS = {
+    "rank_group": "1 for the best attack on this task and defense and those that cannot be told from it, and so on",
+    "detectable": "difference between two attacks of the table that its trials detect (80% power, 5% level)",
+}
+"""Columns that compare the cells of one (task, defense)."""
+
+
+def cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one line per task, attack and defense.
+
+    Args:
+        rows: Result rows as `leakbench.results.load_rows` gives them. Rows without an attack are left out.
+
+    Returns:
+        `CELL_KEYS`, the columns of `COLUMNS` and `TABLE_COLUMNS`; sorted by task, defense and score. No value but
+        those of `TABLE_COLUMNS` depends on other cells.
+    """
+    rows = rows.dropna(subset=["attack"])
+    built = [Cell(keys, part) for keys, part in _split(_with_checkpoint(rows))] if len(rows) else []
+    columns = [*CELL_KEYS, *(column.key for column in COLUMNS)]
+    frame = pd.DataFrame(
+        [cell.keys | {column.key: column.produce(cell) for column in COLUMNS} for cell in built], columns=columns
+    )
+    frame[list(TABLE_COLUMNS)] = np.nan
+    frame["_cell"] = range(len(built))
+    order = ["task", *TASK_KEYS, *DEFENSE_KEYS, "mean", *ATTACK_KEYS]
+    frame = frame.sort_values(list(dict.fromkeys(order)), ascending=[k != "mean" for k in dict.fromkeys(order)])
+    frame = frame.reset_index(drop=True)
+    for _, table in frame[frame["n"] > 0].groupby(group_ids(frame, (*TASK_KEYS, *DEFENSE_KEYS)), sort=False):
+        members = [built[i] for i in table["_cell"]]
+        entries = [(repr([cell.keys[k] for k in ATTACK_KEYS]), cell.by_trial) for cell in members]
+        names = [members[0].keys[k] for k in (*TASK_KEYS, *DEFENSE_KEYS)]
+        frame.loc[table.index, "rank_group"] = rank_groups(entries, *names)
+        frame.loc[table.index, "detectable"] = detectable_difference(entries)
+    return frame.drop(columns="_cell")
+
+
+def group_ids(frame: pd.DataFrame, keys: tuple[str, ...]) -> pd.Series[int]:
+    """Return the number of the group that each row is in; nulls are equal."""
+    return frame.groupby(list(keys), dropna=False, sort=False).ngroup()
+
+
+def _split(rows: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+    parts = rows.sort_values(["draw", "trial"], kind="stable").groupby(group_ids(rows, CELL_KEYS))
+    return [({key: _plain(part[key].iloc[0]) for key in CELL_KEYS}, part) for _, part in parts]
+
+
+def _plain(value: Any) -> Any:
+    """Return a key as the schema has it; pandas turns whole numbers to floats where another row holds a null."""
+    if pd.isna(value):
+        return None
+    value = value.item() if isinstance(value, np.generic) else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _with_checkpoint(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the column ``checkpoint``, and complete it and the fingerprint on rows that failed before they were known."""
+    rows = rows.assign(checkpoint=rows["checkpoint_origin"].astype(object))
+    entry = group_ids(rows, tuple(key for key in CELL_KEYS if key not in ("dataset_fingerprint", "checkpoint")))
+    for _, part in rows[rows["checkpoint_origin"] == "local"].groupby(entry):
+        weights = part[["draw", "checkpoint_sha256"]].drop_duplicates().sort_values(["draw", "checkpoint_sha256"])
+        if weights["draw"].is_unique:
+            digest = hashlib.sha256("".join(weights["checkpoint_sha256"]).encode()).hexdigest()[:12]
+            rows.loc[part.index, "checkpoint"] = f"local:{digest}"
+        else:  # rows of several trainings of the same draw: each is only comparable to itself
+            rows.loc[part.index, "checkpoint"] = "local:" + part["checkpoint_sha256"].str[:12]
+    for key in ("dataset_fingerprint", "checkpoint"):
+        known = rows.groupby(entry)[key]
+        fill = rows[key].isna() & (known.transform("nunique") == 1)
+        rows[key] = rows[key].astype(object).mask(fill, known.transform("first"))
+    return rows
+
+
+def defense_worst_case(board: pd.DataFrame) -> pd.DataFrame:
+    """Return the privacy of every defense: its worst trial-mean over all attacks on the task.
+
+    A defense is left unranked, with the reason, where an attack on it failed in any trial, was unavailable, or was run
+    against another defense but not against this one (not applicable is fine, but has to be in the rows).
+
+    Args:
+        board: What `cells` returns.
+
+    Returns:
+        `TASK_KEYS` and `DEFENSE_KEYS`, then ``defense_label``, ``attacks`` (number that counted), ``worst_attack``,
+        ``worst`` with ``ci_low`` and ``ci_high``, ``reference``, ``undefended`` (worst without a defense),
+        ``privacy`` (0 at the undefended level, 1 at the reference) and ``unranked_because`` (null where ranked).
+    """
+    columns = ["defense_label", "attacks", "worst_attack", "worst", "ci_low", "ci_high", "reference"]
+    lines = []
+    for _, task in board.groupby(group_ids(board, TASK_KEYS), sort=False):
+        attacks = set(task["attack_label"])
+        undefended = task.loc[task["defense"] == "none", "mean"].max()
+        for _, own in task.groupby(group_ids(task, DEFENSE_KEYS), sort=False):
+            keys = {key: own[key].iloc[0] for key in (*TASK_KEYS, *DEFENSE_KEYS, "defense_label")}
+            lines.append(keys | _worst(own, attacks, undefended))
+    frame = pd.DataFrame(
+        lines, columns=[*TASK_KEYS, *DEFENSE_KEYS, *columns, "undefended", "privacy", "unranked_because"]
+    )
+    return frame.sort_values(["task", "task_hash", "worst"], kind="stable").reset_index(drop=True)
+
+
+def _worst(own: pd.DataFrame, attacks: set[str], undefended: float) -> dict[str, Any]:
+    failed = own.loc[(own["ok"] < own["n"]) | (own["unavailable"] > 0), "attack_label"]
+    problems = [f"failed: {name}" for name in failed]
+    problems += [f"not run: {name}" for name in sorted(attacks - set(own["attack_label"]))]
+    counted = own[own["n"] > 0]
+    if counted.empty:
+        return {"attacks": 0, "unranked_because": "; ".join(problems) or "no attack was applicable"}
+    worst = counted.sort_values("mean", kind="stable").iloc[-1]
+    span = undefended - worst["reference"]
+    return {
+        "attacks": len(counted),
+        "worst_attack": worst["attack_label"],
+        "worst": worst["mean"],
+        "ci_low": worst["ci_low"],
+        "ci_high": worst["ci_high"],
+        "reference": worst["reference"],
+        "undefended": undefended,
+        "privacy": float(np.clip((undefended - worst["mean"]) / span, 0, 1)) if span > 0 else np.nan,
+        "unranked_because": "; ".join(problems) or None,
+    }
