@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -293,9 +294,9 @@ _EXPECTED = "expected NAME, NAME(key=value, ...) or path/to/file.py:Class(...), 
 def _split(text: str) -> list[str]:
     """Cut at every ``+`` outside parentheses and quotes."""
     parts, depth, quote = [""], 0, ""
-    for char in text:
+    for before, char in pairwise(" " + text):
         if quote:
-            quote = "" if char == quote else quote
+            quote = "" if char == quote and before != "\\" else quote
         elif char in "\"'":
             quote = char
         elif char == "+" and depth == 0:
