@@ -37,10 +37,17 @@ DEFENSE_KEYS = ("defense", "defense_version", "defense_params", "defense_source_
 CELL_KEYS = (*TASK_KEYS, *ATTACK_KEYS, *DEFENSE_KEYS)
 
 
-def entry_label(name: str, params: str) -> str:
-    """Return ``topk(keep=0.1)`` for the name and JSON parameters of an entry."""
-    items = json.loads(params).items() if params else ()
-    return name + (f"({', '.join(f'{key}={value}' for key, value in items)})" if items else "")
+def entry_parameters(params: str) -> list[dict[str, Any]]:
+    """Return the parameters of every part of an entry: one dict, or several for a chain of defenses."""
+    loaded = json.loads(params) if params else {}
+    return loaded if isinstance(loaded, list) else [loaded]
+
+
+def entry_label(name: str, parameters: list[dict[str, Any]]) -> str:
+    """Return ``topk(keep=0.1)``, or ``clip(norm=1)+topk(keep=0.1)`` for a chain."""
+    names = name.split("+") if len(parameters) > 1 else [name]
+    texts = [", ".join(f"{key}={value}" for key, value in part.items()) for part in parameters]
+    return "+".join(name + (f"({text})" if text else "") for name, text in zip(names, texts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class BoardColumn:
 
 
 def _label(cell: Cell, kind: str) -> str:
-    return entry_label(cell.keys[kind], cell.keys[f"{kind}_params"])
+    return entry_label(cell.keys[kind], entry_parameters(cell.keys[f"{kind}_params"]))
 
 
 def _failure(cell: Cell) -> str | None:

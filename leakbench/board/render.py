@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from leakbench.board.columns import CELL_KEYS, COLUMNS, DEMONSTRATION_DATASETS, TASK_KEYS
+from leakbench.board.columns import CELL_KEYS, COLUMNS, DEMONSTRATION_DATASETS, TASK_KEYS, entry_label, entry_parameters
 from leakbench.board.score import TABLE_COLUMNS, group_ids
 from leakbench.board.stats import CONFIDENCE, RESAMPLES
 from leakbench.keys import DEVELOPMENT
@@ -110,15 +110,18 @@ def notes(board: pd.DataFrame) -> list[str]:
 
 def _short_labels(board: pd.DataFrame, kind: str) -> pd.Series[str]:
     """Return labels that fit: a long one keeps the parameters in which entries of its name differ."""
-    parameters = board[f"{kind}_params"].map(lambda text: json.loads(text) if text else {})
+    parameters = board[f"{kind}_params"].map(entry_parameters)
 
     def short(index: Any) -> str:
         label, name = str(board.at[index, f"{kind}_label"]), str(board.at[index, kind])
         if len(label) <= _LONGEST_LABEL:
             return label
         siblings = parameters[board[kind] == name]
-        own = {k: v for k, v in parameters[index].items() if any(other.get(k) != v for other in siblings)}
-        return name + (f"({', '.join(f'{k}={v}' for k, v in own.items())})" if own else "")
+        own = [
+            {k: v for k, v in part.items() if any(other[i].get(k) != v for other in siblings)}
+            for i, part in enumerate(parameters[index])
+        ]
+        return entry_label(name, own)
 
     labels = pd.Series([short(index) for index in board.index], index=board.index, dtype=object)
     # The same name and parameters from another source or version are told apart by the source.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from leakbench.board import render
-from leakbench.board.columns import COLUMNS, entry_label
+from leakbench.board.columns import COLUMNS, entry_label, entry_parameters
 from leakbench.board.score import TABLE_COLUMNS, cells, defense_worst_case
 from leakbench.board.stats import MIN_PAIRS, bootstrap, rank_groups
 from leakbench.metrics import METRICS
@@ -353,7 +353,26 @@ def test_long_labels_keep_the_parameters_that_differ():
         "inverting(total_variation=0.1)",
         "inverting(total_variation=0.2)",
     ]
-    assert entry_label("topk", '{"keep": 0.1}') == "topk(keep=0.1)"
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "label"),
+    [
+        ("llg", "{}", "llg"),
+        ("topk", '{"keep": 0.1}', "topk(keep=0.1)"),
+        ("clip+topk", '[{"norm": 1}, {"keep": 0.1}]', "clip(norm=1)+topk(keep=0.1)"),
+        ("clip+none", '[{"norm": 1}, {}]', "clip(norm=1)+none"),
+    ],
+)
+def test_labels_name_every_part_of_an_entry(name, params, label):
+    assert entry_label(name, entry_parameters(params)) == label
+
+
+def test_a_long_chain_keeps_the_parameters_that_differ():
+    chains = [json.dumps([{"norm": 1.0, "per_example": True}, {"keep": k, "layerwise": True}]) for k in (0.1, 0.2)]
+    board = cells(frame(*(make([0.5] * 4, defense="clip+topk", defense_params=c) for c in chains)))
+    labels = [defense for defense, _ in next(render.tables(board)).lines]
+    assert labels == ["clip+topk(keep=0.1)", "clip+topk(keep=0.2)"]
 
 
 def test_entries_of_the_same_name_from_other_sources_are_told_apart():
