@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -175,7 +176,7 @@ def show(name: str, as_json: bool) -> None:
             elif key not in ("name", "kind", "summary", "doc") and value not in (None, [], {}, ""):
                 click.echo(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}")
         if item.get("doc"):
-            click.echo("\n" + "\n".join("  " + line for line in item["doc"].splitlines()[1:]).strip("\n"))
+            click.echo("\n" + textwrap.indent(item["doc"].partition("\n")[2].strip("\n"), "  "))
 
 
 def _show_tasks(tasks: list[dict[str, Any]]) -> None:
@@ -215,3 +216,21 @@ def status(out: Path, as_json: bool) -> None:
         click.echo(f"  failed: {label}")
     if jobs["left"]:
         click.echo(f"resume with: {state['command']}")
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--json", "form", flag_value="json", help="Every column of every cell as JSON.")
+@click.option("--markdown", "form", flag_value="markdown", help="Tables as Markdown.")
+@click.option("--csv", "form", flag_value="csv", help="Every column of every cell as CSV.")
+def board(out: tuple[Path, ...], form: str | None) -> None:
+    """Print the board of the rows in OUT, or in several of them: each cell's mean, interval and chance level."""
+    from leakbench.board import render, score
+    from leakbench.results import load_rows
+
+    cells = score.cells(load_rows(out))
+    if form is None:
+        render.terminal(cells)
+        return
+    text = {"json": render.to_json, "markdown": render.markdown, "csv": render.to_csv}[form](cells)
+    click.echo(text.rstrip("\n"))
