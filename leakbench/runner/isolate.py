@@ -399,7 +399,9 @@ class Child:
         return ChildFailed("error", f"{how} without an answer{said}", self.output)
 
     def close(self) -> Exit | None:
-        """End the child and return how it ended."""
+        """End the child and return how it ended; a second call does nothing."""
+        if self.sock.fileno() < 0:
+            return None
         self.server.kill(self.job)
         self.sock.close()
         if self.pipe is not None:
