@@ -8,6 +8,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -182,8 +183,12 @@ def show(name: str, as_json: bool) -> None:
 def _show_tasks(tasks: list[dict[str, Any]]) -> None:
     for task in tasks:
         click.echo(f"  {task['task']}  {task['hash'][:12]}  lane: {task['lane'] or 'none'}")
-        for cell in task["cells"]:
-            click.echo(f"    {cell['attack']} / {cell['defense']}: {cell['trials']} trials, {cell['model_draws']}")
+        for attack, cells in groupby(task["cells"], key=lambda cell: cell["attack"]):
+            rows = list(cells)
+            against = ", ".join(cell["defense"] for cell in rows)
+            click.echo(
+                f"    {attack} vs {against}: {rows[0]['trials']} trials each, model_draws {rows[0]['model_draws']}"
+            )
 
 
 @cli.command()
