@@ -109,10 +109,12 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("budget_wall_seconds", _FLOAT, "Wall seconds granted per trial; null: unlimited", nullable=True),
     # Identity: the entries
     Field("attack", _TEXT, "Attack id"),
+    Field("attack_label", _TEXT, "Id with the parameters that differ from the defaults, and the strength"),
     Field("attack_version", _INT, "Version of the entry"),
     Field("attack_params", _TEXT, "Constructor arguments, canonical JSON"),
     Field("attack_source_sha256", _TEXT, "Sha256 of the entry's source; null: it has no file", nullable=True),
     Field("defense", _TEXT, "Defense id; `none` where there is none"),
+    Field("defense_label", _TEXT, "Id with the parameters that differ from the defaults, and the strength"),
     Field("defense_version", _INT, "Version of the entry"),
     Field("defense_params", _TEXT, "Constructor arguments, canonical JSON"),
     Field("defense_source_sha256", _TEXT, "Sha256 of the entry's source; null: it has no file", nullable=True),

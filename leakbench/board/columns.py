@@ -161,7 +161,7 @@ class BoardColumn:
 
 
 def _label(cell: Cell, kind: str) -> str:
-    return entry_label(cell.keys[kind], entry_parameters(cell.keys[f"{kind}_params"]))
+    return str(cell.rows[f"{kind}_label"].iloc[0])
 
 
 def _failure(cell: Cell) -> str | None:
@@ -178,8 +178,8 @@ def _mean(spec: MetricSpec) -> BoardColumn:
 
 
 COLUMNS: tuple[BoardColumn, ...] = (
-    BoardColumn("attack_label", "attack with its parameters", lambda c: _label(c, "attack")),
-    BoardColumn("defense_label", "defense with its parameters", lambda c: _label(c, "defense")),
+    BoardColumn("attack_label", "attack with its notable parameters", lambda c: _label(c, "attack")),
+    BoardColumn("defense_label", "defense with its notable parameters", lambda c: _label(c, "defense")),
     BoardColumn("metric", "metric that ranks", lambda c: c.metric.name),
     BoardColumn("n", "trials that count: succeeded or failed", lambda c: len(c.tried)),
     *map(_status, STATUSES),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leakbench.attack import Recovery
 from leakbench.data import Victims, decoder_versions
-from leakbench.entries import EntrySpec
+from leakbench.entries import EntrySpec, chain_label
 from leakbench.federation.inputs import to_inputs
 from leakbench.metrics import METRICS
 from leakbench.metrics.images import score_images
@@ -122,6 +122,7 @@ def _entry(kind: str, chain: Sequence[EntrySpec]) -> dict[str, Any]:
     shown: Any = params[0] if len(params) == 1 else params or {}
     return {
         kind: "+".join(part.name for part in chain) or "none",
+        f"{kind}_label": chain_label(chain),
         f"{kind}_version": max((part.description.version for part in chain), default=1),
         f"{kind}_params": json.dumps(shown, sort_keys=True, separators=(",", ":")),
         f"{kind}_source_sha256": "+".join(h for h in hashes if h) or None,

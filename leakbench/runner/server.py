@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from leakbench.runner import harden
 PRELOAD = (
     "torch",
     "torch.func",
+    "torch._dynamo",  # torch.optim loads it on first use, 1.6 s
     "torch.nested._internal.nested_tensor",
     "numpy.ctypeslib",
     "scipy.linalg",
@@ -108,7 +110,7 @@ def _become_child(request: dict[str, Any], place: Path, channel: int, output: in
         os.dup2(output, 2)
         os.close(output)
         os.chdir(place)
-        os.environ["TMPDIR"] = os.environ["HOME"] = str(place)
+        os.environ["TMPDIR"] = os.environ["HOME"] = tempfile.tempdir = str(place)
         harden.limit(memory=request["memory"], file_size=request["file_size"])
         landlock = harden.landlock(request["readable"], [place, *DEVICES, *request["devices"]])
         detail = {"landlock": landlock, "capabilities_dropped": harden.drop_capabilities()}

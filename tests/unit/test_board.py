@@ -41,7 +41,9 @@ def make(values, attack="llg", *, task=LABELS, reference=0.2, statuses=None, **c
         status = statuses[trial] if statuses else "ok" if value is not None else "error"
         error = None if status == "ok" else f"{status} happened"
         own = {"trial": trial, metric: value, METRICS[metric].reference: known, "status": status, "error": error}
-        rows.append(base | own | changes)
+        row = base | own | changes
+        labels = {f"{k}_label": entry_label(str(row[k]), entry_parameters(row[f"{k}_params"])) for k in ("attack", "defense")}
+        rows.append(row | labels)
     return rows
 
 
