@@ -77,7 +77,7 @@ def tapped_gradients(
             x = taps[layer][0].reshape(trials, -1, *taps[layer][0].shape[1:])
             d = at[layer].reshape(trials, -1, *at[layer].shape[1:])
             if name.endswith(".bias"):
-                gradients[name] = d.sum([i for i in range(d.dim()) if i not in (0, 2)])
+                gradients[name] = d.flatten(3).sum(3).sum(1) if d.dim() > 3 else d.sum(1)
             elif isinstance(module := model.module.get_submodule(layer), nn.Linear):
                 target = None if out is None or create_graph else out[name]
                 gradients[name] = torch.bmm(d.transpose(1, 2), x, out=target)
@@ -104,8 +104,10 @@ def _supported(layer: nn.Module) -> bool:
 def _convolution(layer: nn.Conv2d, x: Tensor, d: Tensor) -> Tensor:
     """Weight gradients (T, O, C / groups, h, w) of inputs (T, B, C, *) and output gradients (T, B, O, *)."""
     trials = x.shape[0]
-    # One grouped convolution over B examples with the trials side by side in the channels.
-    x, d = (v.transpose(0, 1).flatten(1, 2) for v in (x, d))
+    # One grouped convolution over B examples with the trials side by side in the channels. Below 16 output channels
+    # oneDNN's kernels for channels_last are 2 to 4 times as fast, conversion included; above, the others win.
+    layout = torch.channels_last if layer.out_channels < 16 else torch.contiguous_format
+    x, d = (v.transpose(0, 1).flatten(1, 2).contiguous(memory_format=layout) for v in (x, d))
     shape = layer.weight.shape
     weight = x.new_empty(()).expand(trials * shape[0], *shape[1:])  # only its shape is read
     arguments: list[Any] = [list(v) for v in (layer.stride, layer.padding, layer.dilation)]

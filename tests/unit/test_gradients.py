@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 from leakbench.errors import LeakbenchError
 from leakbench.federation.gradients import default_chunk, per_example_gradients, per_trial_gradients
@@ -60,7 +60,7 @@ def loop(model, inputs, labels, batch_norm="eval", reduction="mean", create_grap
     gradients, losses, buffers = [], [], []
     for t in range(len(inputs)):
         net = torch_module(model, t).train(batch_norm == "train")
-        loss = F.cross_entropy(net(inputs[t]), labels[t], reduction=reduction)
+        loss = cross_entropy(net(inputs[t]), labels[t], reduction=reduction)
         gradients.append(torch.autograd.grad(loss, list(net.parameters()), create_graph=create_graph))
         losses.append(loss)
         buffers.append(dict(net.named_buffers()))
@@ -154,7 +154,7 @@ def test_results_leave_no_graph_and_inputs_untouched():
 
 def test_a_name_the_model_lacks_is_an_error():
     model, inputs, labels = make("mlp", 1)
-    with pytest.raises(LeakbenchError, match="no parameter 'fc.weigth'"):
+    with pytest.raises(LeakbenchError, match=r"no parameter 'fc\.weigth'"):
         per_trial_gradients(model, inputs, labels, names=["fc.weigth"])
 
 
