@@ -8,21 +8,39 @@ from torch import Tensor
 from leakbench import Attack, Observation, Recovery, register
 
 
-def extract_counts(g: Tensor, impact: Tensor, total: int, offset: Tensor | None = None) -> Tensor:
+def row_sums(observation: Observation) -> Tensor:
+    """Return the row sums (T, C) of the last layer's weight gradient, up to a positive factor.
+
+    The factor is the learning rate where differences of weights are sent, so that it need not be known.
+    """
+    name = f"{observation.model.head}.weight"
+    sent = observation.update[name]
+    if observation.sends == "weights":
+        sent = observation.model.parameters[name] - sent
+    return sent.sum(-1)
+
+
+def extract_counts(
+    g: Tensor, impact: Tensor, total: int, *, offset: Tensor | None = None, capped: bool = False
+) -> Tensor:
     """Turn class signals into label counts, LLG's extraction step for T trials at once.
 
     Args:
         g: (T, C) class signals: row sums of the last layer's weight gradient, summed over local steps.
         impact: (T,) change of a class's signal per occurrence, m <= 0.
-        total: Labels to output (N = B times local steps).
+        total: Labels to output (N, for all clients behind the update).
         offset: (T, C) part of ``g`` that other classes cause, s.
+        capped: Whether, of more than ``total`` negative signals, only the most negative count.
 
     Returns:
-        (T, C) int64 counts; each row sums to ``total``, or to the number of negative signals where that is larger.
+        (T, C) int64 counts; each row sums to ``total``, or, where not capped, to the number of negative signals if that
+        is larger.
     """
     present = g < 0  # on the raw signal, before the offset is taken away
-    signal = g if offset is None else g - offset
+    if capped:
+        present &= g.argsort(dim=1, stable=True).argsort(1) < total
     counts = present.long()
+    signal = g if offset is None else g - offset
     signal = signal - impact[:, None] * counts
     left = total - counts.sum(1)
     rows = torch.arange(len(g), device=g.device)
@@ -35,26 +53,31 @@ def extract_counts(g: Tensor, impact: Tensor, total: int, offset: Tensor | None 
     return counts
 
 
+def impact_of_negatives(g: Tensor, total: int) -> Tensor:
+    """Return LLG's estimate (T,) of the impact m from the negative ones of the signals ``g`` (T, C)."""
+    return g.clamp(max=0).sum(1) * (1 + 1 / g.shape[1]) / total
+
+
 @register("llg", version=1)
 class LLG(Attack):
     """LLG: labels from the signs and sizes of the last layer's weight-gradient rows.
 
     A class with a negative row sum is in the batch (for non-negative features); each occurrence moves the row sum by
-    about the impact m = (1 + 1/C) / N * (sum of negative row sums), which is how repeated labels are counted.
+    about the impact m = (1 + 1/C) / N * (sum of negative row sums), which is how repeated labels are counted. Nothing
+    depends on the scale of the update, so the learning rate may be unknown.
 
-    Sees: gradients of the last layer's weight, batch size, number of local steps.
+    Sees: gradient of the last layer's weight, or its change over local steps; number of inputs behind the update.
 
     Reference: Wainakh, Ventola, Müßig, Keim, Garcia Cordero, Zimmer, Grube, Kersting, Mühlhäuser, "User-Level Label
     Leakage from Gradients in Federated Learning", PoPETs 2022, arXiv 2105.09369
     """
 
     recovers = frozenset({"labels"})
-    needs = frozenset({"batch_size", "local_steps", "weights"})
+    needs = frozenset({"batch_size", "weights"})
     reads = ("head.weight",)
 
     def run(self, observation: Observation) -> Recovery:
         """Extract label counts (T, 1, C)."""
-        g = observation.head_weight.sum(-1)
-        total = observation.batch_size * observation.local_steps * observation.clients
-        impact = g.clamp(max=0).sum(1) * (1 + 1 / observation.num_classes) / total
-        return Recovery(label_counts=extract_counts(g, impact, total)[:, None])
+        g = row_sums(observation)
+        total = observation.inputs_per_client * observation.clients
+        return Recovery(label_counts=extract_counts(g, impact_of_negatives(g, total), total)[:, None])

@@ -1,0 +1,73 @@
+"""Top-k sparsification of the update."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from leakbench import Defense, DefenseContext, UserError, register
+
+
+def keep_largest(values: Tensor, kept: int) -> Tensor:
+    """Return ``values`` (T, n) with all but the ``kept`` greatest magnitudes of each row set to zero.
+
+    Of equal magnitudes the first in the row stay.
+    """
+    size = values.abs()
+    least = size.topk(kept, dim=1, sorted=False).values.min(1, keepdim=True).values
+    above, tied = size > least, size == least
+    room = kept - above.sum(1, keepdim=True)
+    return values * (above | (tied & (tied.cumsum(1) <= room)))
+
+
+@register("topk", version=1)
+class TopK(Defense):
+    """Top-k sparsification: sends the fraction 1 - p of coordinates with the greatest magnitude, unchanged, and zeros.
+
+    Of n coordinates exactly ceil((1 - p) n) are kept in each tensor (``layer``) or in the whole update (``global``).
+    What is dropped is not carried over to later steps or rounds (no error feedback).
+
+    Acts on: the update.
+
+    Args:
+        p: Fraction that is dropped.
+        scope: ``layer``: weight and bias of every layer by themselves; ``global``: all coordinates together.
+
+    Reference: Aji, Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017, arXiv 1704.05021; as
+    a defense Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019, arXiv 1906.08935
+    """
+
+    acts_on = frozenset({"update"})
+    strength = ("p", "higher")
+
+    def __init__(self, *, p: float = 0.9, scope: str = "layer") -> None:
+        if not 0 <= p < 1:
+            raise UserError(f"topk: p: expected 0 <= p < 1 (the fraction that is dropped), got {p}; write topk(p=0.9)")
+        if scope not in ("layer", "global"):
+            raise UserError(f"topk: scope: expected 'layer' or 'global', got {scope!r}; write topk(scope='layer')")
+        self.p = p
+        self.scope = scope
+
+    @property
+    def tensorwise(self) -> bool:
+        """Whether magnitudes are ranked within each tensor."""
+        return self.scope == "layer"
+
+    def update(self, update: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
+        """Zero the smallest coordinates."""
+        flat = {name: value.flatten(1) for name, value in update.items()}
+        if self.scope == "layer":
+            kept = {name: keep_largest(value, self.kept(value.shape[1])) for name, value in flat.items()}
+        else:
+            every = torch.cat(list(flat.values()), 1)
+            sizes = [value.shape[1] for value in flat.values()]
+            parts = torch.split(keep_largest(every, self.kept(every.shape[1])), sizes, 1)
+            kept = dict(zip(flat, parts, strict=True))
+        return {name: kept[name].view_as(value) for name, value in update.items()}
+
+    def kept(self, coordinates: int) -> int:
+        """Return how many of ``coordinates`` are kept, in exact arithmetic: (1 - 0.9) * 10 is more than 1 in floats."""
+        return math.ceil((1 - Fraction(str(self.p))) * coordinates)
