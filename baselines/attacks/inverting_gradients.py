@@ -94,12 +94,13 @@ class InvertingGradients(Attack):
 
 
 def _target(observation: Observation) -> dict[str, Tensor]:
-    """Return the direction to match, (T, *shape) by parameter name: the update up to a positive factor."""
+    """Return the direction to match, (T, *shape) by parameter name: the update of all layers, scaled to length 1."""
     start = observation.model.parameters
     sent = {name: value for name, value in observation.update.items() if name in start}
     if observation.sends == "weights":
-        return {name: start[name] - value for name, value in sent.items()}
-    return sent
+        sent = {name: start[name] - value for name, value in sent.items()}
+    length = _root(torch.stack([value.flatten(1).square().sum(1) for value in sent.values()]).sum(0))
+    return {name: value / length.view(-1, *(1,) * (value.dim() - 1)) for name, value in sent.items()}
 
 
 def _labels(observation: Observation) -> Tensor:
@@ -129,10 +130,11 @@ def _distance(
     else:  # a model per trial serves one batch of that trial at a time
         each = [gradients(images[:, restart], labels) for restart in range(restarts)]
         found = {name: torch.stack([grads[name] for grads in each], 1) for name in target}
-    sums = [
-        torch.stack([(value * goal).sum(2), value.square().sum(2), goal.square().sum(2).expand(-1, restarts)])
-        for value, goal in ((found[name].flatten(2), target[name].flatten(1)[:, None]) for name in target)
-    ]
-    dot, found_norm, target_norm = torch.stack(sums).sum(0).unbind()
-    tiny = torch.finfo(dot.dtype).tiny  # a gradient that vanishes has no direction, and its root no derivative
-    return 1 - dot / (found_norm.clamp(min=tiny).sqrt() * target_norm.clamp(min=tiny).sqrt())
+    pairs = [(found[name].flatten(2), goal.flatten(1)[:, None]) for name, goal in target.items()]
+    dot = torch.stack([(value * goal).sum(2) for value, goal in pairs]).sum(0)
+    return 1 - dot / _root(torch.stack([value.square().sum(2) for value, _ in pairs]).sum(0))
+
+
+def _root(square: Tensor) -> Tensor:
+    """Return the square root, kept off 0: a gradient that vanishes has no direction, and its root no derivative."""
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()

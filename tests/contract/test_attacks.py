@@ -1,0 +1,83 @@
+"""What holds for every baseline attack; a new file in baselines/attacks is tested without an edit here."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from leakbench import NotGranted
+
+ATTACKS = [pytest.param(cls, id=stem) for stem, cls in tiny.entries("attacks")]
+PROTOCOLS = [pytest.param(block, id=name) for name, block in tiny.PROTOCOLS.items()]
+
+
+def supported(cls, block):
+    """Whether the facts of the task suit the attack; the planner asks the same before it runs anything."""
+    single = block.shape.inputs_per_client * block.shape.clients == 1
+    return single or "single_example" not in cls.needs
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("block", PROTOCOLS)
+@pytest.mark.parametrize("cls", ATTACKS)
+def test_needs_alone_give_a_valid_recovery(cls, block):
+    if not supported(cls, block):
+        pytest.skip("needs a single example")
+    block.granting(cls.needs).attack(cls())
+
+
+@pytest.mark.parametrize("cls", ATTACKS)
+def test_each_need_is_needed(cls):
+    for need in cls.needs - tiny.PUBLIC_FACTS:
+        refused = []
+        for block in tiny.PROTOCOLS.values():
+            try:
+                block.granting(cls.needs - {need}).attack(cls())
+            except NotGranted:
+                refused.append(block)
+        assert refused, f"{need!r} is never read: take it out of needs"
+
+
+@pytest.mark.parametrize("block", PROTOCOLS)
+@pytest.mark.parametrize("cls", ATTACKS)
+def test_same_observation_gives_the_same_recovery(cls, block):
+    if not supported(cls, block):
+        pytest.skip("needs a single example")
+    once, again = block.attack(cls()).tensors(), block.attack(cls()).tensors()
+    assert once.keys() == again.keys()
+    for name, value in once.items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("block", PROTOCOLS)
+@pytest.mark.parametrize("cls", ATTACKS)
+def test_a_trial_does_not_depend_on_the_others_of_its_block(cls, block):
+    if not supported(cls, block):
+        pytest.skip("needs a single example")
+    whole, alone = block.attack(cls()).tensors(), block.only(2).attack(cls()).tensors()
+    for name, value in whole.items():
+        torch.testing.assert_close(value[2:3], alone[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", ATTACKS)
+def test_update_is_not_changed_in_place(cls):
+    block = tiny.PROTOCOLS["single"]
+    update = block.update()
+    before = {name: value.clone() for name, value in update.items()}
+    block.attack(cls(), update=update)
+    assert all(torch.equal(update[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("cls", ATTACKS)
+def test_budget_is_honored(cls):
+    recovery = tiny.PROTOCOLS["single"].attack(cls())
+    evaluations = recovery.model_evaluations
+    assert evaluations is None or evaluations <= tiny.BUDGET
