@@ -128,8 +128,8 @@ def run(
     try:
         report = session.run_suite(request)
     except KeyboardInterrupt:
-        click.echo(f"interrupted; the rows of finished jobs are kept; resume with: {again}", err=True)
-        return 130
+        click.echo(session.interrupted(again), err=True)
+        return session.INTERRUPTED
     if as_json:
         _print_json(report.content())
     else:

@@ -123,8 +123,8 @@ def run_jobs(jobs: Sequence[Job], runner: Executor, progress: Progress, *, worke
     Every finished job is on disk before the next one of its worker starts, so an interrupt loses only jobs at work.
 
     Raises:
-        UserError: Rows cannot be written; jobs not yet started are dropped.
-        KeyboardInterrupt: The user stopped the run; likewise.
+        UserError: Rows cannot be written; the jobs at work are finished, the others dropped.
+        KeyboardInterrupt: The user stopped the run; jobs may still be at work, the others are dropped.
     """
     done, failed, statuses = 0, [], dict[str, int]()
     executor = ThreadPoolExecutor(workers, thread_name_prefix="leakbench-worker")
@@ -139,7 +139,8 @@ def run_jobs(jobs: Sequence[Job], runner: Executor, progress: Progress, *, worke
                 for status, trials in outcome.statuses.items():
                     statuses[status] = statuses.get(status, 0) + trials
                 progress.finished(outcome)
-    finally:
-        # The caller closes the runner, which ends the jobs at work; waiting for them here would delay that.
-        executor.shutdown(wait=False, cancel_futures=True)
+    except BaseException as error:
+        executor.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        raise
+    executor.shutdown()
     return Summary(done, failed, statuses)

@@ -81,7 +81,7 @@ class BarDisplay:
         self._total = total
         self._failed = 0
         self._lock = threading.Lock()
-        self._task = self._bar.add_task("", total=total, failed=0, left=total)
+        self._task = self._bar.add_task("reading data, training models", total=total, failed=0, left=total)
 
     def finished(self, outcome: JobOutcome) -> None:
         """Advance the bar; print a failure above it."""

@@ -26,6 +26,10 @@ PLAN_FILE = "plan.json"
 """Name, in the output directory, of the last plan: what `status` counts the rows against."""
 
 
+INTERRUPTED = 130
+"""Exit code of a run that the user stopped."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What was asked for on the command line.
@@ -101,7 +105,7 @@ def run_suite(request: Request) -> Report:
 
     Raises:
         UserError: Anything the user got wrong, found before the first job starts where possible.
-        KeyboardInterrupt: The user stopped it; finished jobs are on disk.
+        KeyboardInterrupt: The user stopped it before the first job; later, the process ends with `INTERRUPTED`.
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", request.device):
         raise UserError(f"--device {request.device}: expected cpu, cuda or cuda:N, e.g. --device cuda:0")
@@ -141,9 +145,20 @@ def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season) -> Su
         on_progress=display.report,
     )
     with runner:
-        runner.preflight(jobs)
-        with display:
-            return run_jobs(jobs, runner, display, workers=workers)
+        try:
+            with display:
+                runner.preflight(jobs)
+                return run_jobs(jobs, runner, display, workers=workers)
+        except KeyboardInterrupt:
+            # Closing the runner ends its children, which its threads would write down as failures of the entries.
+            # Leaving like a killed process keeps finished jobs and nothing else; the children end with it.
+            print(interrupted(request.command), file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+
+
+def interrupted(command: str) -> str:
+    """Return the last line of a run that the user stopped."""
+    return f"interrupted; the rows of finished jobs are kept; resume with: {command}"
 
 
 def _cores() -> int:
