@@ -41,7 +41,7 @@ _HOMES = {
     "register": "leakbench.entry",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605  (the static names are under TYPE_CHECKING)
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`evaluate`: one attack on one task from Python, with the same planner, boundary, scoring and rows as `leakbench run`."""
+"""`evaluate`: one attack on one task from Python, with the planner, boundary and scoring of `leakbench run`."""
 
 from __future__ import annotations
 

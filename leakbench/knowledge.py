@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from leakbench.federation.gradients import per_trial_gradients
 from leakbench.models.functional import Model
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import InputSpec, Protocol
+
+G = TypeVar("G")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +227,7 @@ class Knowledge:
         if self._report is not None:
             self._report({"done": done, "total": total, "loss": loss})
 
-    def _grant(self, name: str, value: Any) -> Any:
+    def _grant(self, name: str, value: G | None) -> G:
         if name not in self._facts.granted or value is None:
             raise NotGranted(
                 f"{name!r} is not granted by this task's threat model; add it to the attack's `needs`, so that the "
@@ -276,14 +278,12 @@ class Observation(Knowledge):
     @property
     def labels(self) -> Tensor:
         """(T, N) private labels; for K > 1 clients their labels one after the other."""
-        labels: Tensor = self._grant("labels", self._seen.labels)
-        return labels.flatten(1)
+        return self._grant("labels", self._seen.labels).flatten(1)
 
     @property
     def batch_order(self) -> Tensor:
         """(T, local_steps, B) indices into N of every local step's batch."""
-        order: Tensor = self._grant("batch_order", self._seen.order)
-        return order
+        return self._grant("batch_order", self._seen.order)
 
     @property
     def gradient(self) -> dict[str, Tensor]:

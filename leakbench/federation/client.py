@@ -77,10 +77,10 @@ class Client:
         velocity: dict[str, Tensor] = {}
         single = protocol.sends == "gradient"
         every = None if not single or self.defense.needs_all_tensors else names
-        ctx: DefenseContext | None = None
-        for step in range(protocol.local_steps):
+
+        def context(step: int) -> DefenseContext:
             index = self._batch(step, labels.shape[0], order, inputs.device)
-            ctx = DefenseContext(
+            return DefenseContext(
                 model=trained,
                 inputs=_take(inputs, index),
                 labels=_take(labels, index),
@@ -92,10 +92,13 @@ class Client:
                 random=random.at(round_index, client, step),
                 states=state.defense,
             )
+
+        ctx, grads = context(0), dict[str, Tensor]()
+        for step in range(protocol.local_steps):
+            ctx = context(step)
             grads, trained = self._gradient(trained, ctx, every, create_graph=create_graph)
             if not single:
                 trained = self._descend(trained, grads, velocity)
-        assert ctx is not None
         update = grads if single else self._difference(model, trained)
         update = self.defense.tensors("update", update, ctx)
         if names is not None:

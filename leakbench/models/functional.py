@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leakbench.errors import LeakbenchError, UserError
 from leakbench.models.batch_norm import ExplicitBatchNorm
@@ -141,8 +142,7 @@ class Model:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state under flat names, the form `build_model` takes as ``state`` and safetensors stores."""
-        named = {f"parameter/{k}": v for k, v in self.parameters.items()}
-        return named | {f"buffer/{k}": v for k, v in self.buffers.items()}
+        return flat_state(self.parameters, self.buffers)
 
     def logits(self, inputs: Tensor, *, batch_norm: BatchNormMode = "eval") -> Tensor:
         """Return logits (T, B, C) of inputs (T, B, *input_shape)."""
@@ -197,7 +197,8 @@ class Model:
         """
         after = dict(state)
         features: list[Tensor] = []
-        with self.lock:
+        # Only this implementation of attention runs under vmap and has second derivatives.
+        with self.lock, sdpa_kernel(SDPBackend.MATH):
             for norm in self._norms:
                 norm.training = train
             head = self.module.get_submodule(self.head)
@@ -220,6 +221,22 @@ class Model:
         )
         model.lock = self.lock  # they share the module
         return model
+
+
+def flat_state(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters and buffers under flat names."""
+    named = {f"parameter/{k}": v for k, v in parameters.items()}
+    return named | {f"buffer/{k}": v for k, v in buffers.items()}
+
+
+def split_state(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return parameters and buffers; the inverse of `flat_state`."""
+    parts = ({k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{kind}/")} for kind in _KINDS)
+    parameters, buffers = parts
+    return parameters, buffers
+
+
+_KINDS = ("parameter", "buffer")
 
 
 def build_model(

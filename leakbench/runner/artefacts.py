@@ -1,11 +1,13 @@
-"""What `Attack.prepare` computed, kept as content-addressed safetensors files."""
+"""What children computed ahead of jobs (`Attack.prepare`, changed architectures), as content-addressed safetensors."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,17 @@ class Artefact:
     """A prepared artefact, ready to be sent to attack children.
 
     Args:
-        blob: Its tensors.
-        seconds: What it cost to compute, wherever that was.
+        tensors: Its tensors.
+        info: What its maker noted (JSON), ``seconds`` of making included.
     """
 
-    blob: Blob
-    seconds: float
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+
+    @cached_property
+    def blob(self) -> Blob:
+        """Its tensors, ready to be sent."""
+        return Blob.pack(self.tensors)
 
 
 class Artefacts:
@@ -42,9 +49,7 @@ class Artefacts:
         self._folder = folder
         self._recent = Kept(8)
 
-    def get(
-        self, identity: Mapping[str, Any], compute: Callable[[], tuple[dict[str, Tensor], float]]
-    ) -> Artefact:
+    def get(self, identity: Mapping[str, Any], compute: Callable[[], Artefact]) -> Artefact:
         """Return the artefact of ``identity``, from memory, from the folder, or by ``compute``."""
         name = content_hash(identity)
         return self._recent.get(name, lambda: self._load(name) or self._make(name, compute))
@@ -57,19 +62,19 @@ class Artefacts:
         try:
             with safe_open(self._path(name), framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-                return Artefact(Blob.pack(tensors), float(file.metadata()["seconds"]))
+                return Artefact(tensors, json.loads(file.metadata()["leakbench"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
-    def _make(self, name: str, compute: Callable[[], tuple[dict[str, Tensor], float]]) -> Artefact:
-        tensors, seconds = compute()
-        kept = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    def _make(self, name: str, compute: Callable[[], Artefact]) -> Artefact:
+        made = compute()
+        kept = {key: tensor.contiguous() for key, tensor in made.tensors.items()}
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.torch.save(kept, metadata={"seconds": repr(seconds)}))
+            file.write(safetensors.torch.save(kept, metadata={"leakbench": json.dumps(made.info)}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        return Artefact(Blob.pack(kept), seconds)
+        return made

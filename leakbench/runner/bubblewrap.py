@@ -27,7 +27,7 @@ def bubblewrap_command(readable: Iterable[str], devices: Iterable[str]) -> list[
     """
     command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     # First, so that an interpreter or a checkout below /tmp stays visible.
-    command += ["--tmpfs", "/tmp", "--dir", JOBS]
+    command += ["--tmpfs", "/tmp", "--dir", JOBS]  # noqa: S108  (the root is private)
     links, folders = [], []
     for path in sorted(set(readable)):
         if path.startswith(("/proc", "/dev")):
@@ -38,7 +38,7 @@ def bubblewrap_command(readable: Iterable[str], devices: Iterable[str]) -> list[
             folders.append(os.path.realpath(path) if os.path.islink(path) else path)
     for folder in sorted(set(folders)):
         command += ["--ro-bind", folder, folder]
-    command += links + ["--proc", "/proc", "--dev", "/dev"]
+    command += [*links, "--proc", "/proc", "--dev", "/dev"]
     for node in devices:
         command += ["--dev-bind-try", node, node]
     for masked in _masked_folders():
@@ -53,7 +53,7 @@ def bubblewrap_works() -> bool:
         return False
     command = [*bubblewrap_command(["/usr", "/lib", "/lib64", "/bin"], []), "/usr/bin/true"]
     try:
-        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0  # noqa: S603
     except OSError:
         return False
 

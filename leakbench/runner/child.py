@@ -13,6 +13,8 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +31,7 @@ from leakbench.federation.client import Client, ClientState
 from leakbench.federation.inputs import to_inputs
 from leakbench.knowledge import Facts, Knowledge, Observation, Seen
 from leakbench.models.functional import Model, build_model
+from leakbench.models.recipe import train
 from leakbench.randomness import TrialRandom
 from leakbench.runner.wire import Blob, ConnectionClosed, Message, receive, send
 from leakbench.tasks import Architecture, InputSpec, Protocol
@@ -60,19 +63,21 @@ def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local
         except ConnectionClosed:
             return
         try:
+            reply: Reply = ("ready", {}, {})
             if message.kind == "describe":
-                kind, body, blobs = "described", {"entries": [_describe(r) for r in message.body["entries"]]}, {}
+                reply = ("described", {"entries": [_describe(r) for r in message.body["entries"]]}, {})
             else:
-                if message.kind == "client":
+                if message.kind == "build":
+                    roles = {"build": partial(_build, local=local or {})}
+                elif message.kind == "client":
                     client = ClientRole(message, local or {})
                     roles = {"round": client.round}
                 elif message.kind == "attack":
                     attack = AttackRole(message, local or {}, sock)
                     roles = {"prepare": attack.prepare, "plant": attack.plant, "run": attack.run}
                 if message.kind in roles:
-                    kind, body, blobs = roles[message.kind](message)
-                else:
-                    kind, body, blobs = "ready", {}, {}
+                    reply = roles[message.kind](message)
+            kind, body, blobs = reply
             send(sock, kind, body, {name: Blob.pack(tensors) for name, tensors in blobs.items()})
         except ConnectionClosed:
             return
@@ -197,6 +202,42 @@ class AttackRole:
     def _updates(self, message: Message) -> list[dict[str, Tensor]]:
         names = sorted((n for n in message.blobs if n.startswith("update")), key=lambda n: int(n[6:]))
         return [{k: v.to(self.device, self.dtype) for k, v in message.tensors(n).items()} for n in names]
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Training data as `leakbench.models.recipe` wants it."""
+
+    images: Any
+    labels: Any
+    splits: dict[str, Any]
+    input_spec: InputSpec
+    num_classes: int
+    fingerprint: str
+
+
+def _build(message: Message, *, local: Local) -> Reply:
+    """Apply a defense's change of the architecture, then the stage recipe: the one place where both meet."""
+    body = message.body
+    spec, recipe = InputSpec.model_validate_json(body["input_spec"]), body["recipe"]
+    architecture = Architecture.model_validate_json(body["architecture"])
+    transform = load_chain(body["defense"], local).model
+    classes = body["num_classes"]
+    if "seeds" in recipe:
+        state = None
+    else:
+        data = {name: tensor.numpy() for name, tensor in message.tensors("data").items()}
+        splits = {name: data[name] for name in ("private", "test")}
+        examples = _Examples(data["images"], data["labels"], splits, spec, classes, recipe["fingerprint"])
+        last = {}
+        for draw in sorted(set(recipe["draws"])):
+            for snapshot in train(
+                architecture, examples, draw, normalise=recipe["normalise"], last=recipe["stage"], transform=transform
+            ):
+                last[draw] = snapshot.tensors
+        state = {name: torch.cat([last[draw][name] for draw in recipe["draws"]]) for name in last[recipe["draws"][0]]}
+    model = build_model(architecture, spec.shape, classes, state=state, seeds=recipe.get("seeds"), transform=transform)
+    return "built", {"head": model.head}, {"model": model.tensors()}
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

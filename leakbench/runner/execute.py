@@ -24,14 +24,14 @@ from leakbench.keys import Season
 from leakbench.models.stages import Unavailable
 from leakbench.provenance import provenance
 from leakbench.results import prepare_out, write_job
-from leakbench.runner.artefacts import Artefacts
+from leakbench.runner.artefacts import Artefact, Artefacts
 from leakbench.runner.grant import granted_facts, granted_names, granted_state, read_names
 from leakbench.runner.isolate import Child, ChildFailed, ChildServer, choose_level
 from leakbench.runner.plan import Job
 from leakbench.runner.rows import Outcome, job_rows
-from leakbench.runner.scene import Kept, Scenes, Weights
-from leakbench.runner.wire import Blob
-from leakbench.tasks import Task
+from leakbench.runner.scene import Built, Kept, Scenes, Weights
+from leakbench.runner.wire import Blob, Message
+from leakbench.tasks import Task, content_hash
 
 Progress = Callable[[Job, dict[str, Any]], None]
 
@@ -40,6 +40,11 @@ GRACE_SECONDS = 30.0
 CLIENT_SECONDS_PER_TRIAL = 10.0
 """Time limit of a client; missing it is the defense's failure."""
 SLACK_BYTES = 1 << 20
+BUILD_SECONDS = 3600.0
+"""Time limit of building a changed architecture, training included."""
+BUILD_BYTES = 4 << 30
+PREPARED_BYTES = 1 << 30
+"""Most bytes of what `Attack.prepare` returns."""
 MEMORY_SHARE = 0.8
 """Share of the machine's memory that all workers together may use."""
 
@@ -153,15 +158,14 @@ class Runner:
             try:
                 weights = self._scenes.weights(job.task, "one", [0])
             except Unavailable:
-                continue
+                continue  # the job's rows will say so
             self._check_memory(job, weights, size)
 
     def _check_memory(self, job: Job, weights: Weights, trials: int) -> None:
-        numbers = sum(tensor[0].numel() for tensor in weights.model.parameters.values())
+        numbers = weights.numel(weights.parameters)
         # Per trial: the update in the client, in transit and in the attack; its own weights where they are redrawn.
         copies = 3 + (2 if job.model_draws == "per_trial" else 0)
-        names = read_names(job.attack.description.reads, weights.model, job.task.protocol)
-        read = sum(weights.model.parameters[n][0].numel() for n in names if n in weights.model.parameters)
+        read = weights.numel(read_names(job.attack.description.reads, weights, job.task.protocol))
         whole = job.model_draws == "per_trial" or job.task.protocol.sends != "gradient" or bool(job.defense)
         per_trial = 4 * copies * (numbers if whole else read)
         if per_trial * trials > self._memory:
@@ -187,18 +191,63 @@ class Runner:
         output = ""
         try:
             victims = self._scenes.victims(job.task, job.trials)
-            weights = self._scenes.weights(job.task, job.model_draws, job.trials)
-            missing = set(job.attack.description.needs) - granted_names(job.task, weights.model)
+            weights = self._weights(job)
+            missing = set(job.attack.description.needs) - granted_names(job.task, weights)
             if missing:
                 outcome.fail("not_applicable", f"the task does not grant: {', '.join(sorted(missing))}")
             else:
                 output = self._execute(job, victims, weights, outcome)
         except Unavailable as error:
             outcome.fail("unavailable", str(error))
+        except ChildFailed as error:
+            outcome.fail(error.status, str(error))
         rows = job_rows(job, outcome, self._scenes, victims, weights, self._columns(outcome))
         path = write_job(self._out, job.id, self._season.name, rows)
         statuses = dict(Counter(row["status"] for row in rows))
         return JobOutcome(job, path, statuses, time.perf_counter() - begun, outcome.error, output)
+
+    def _weights(self, job: Job) -> Weights:
+        """Return the model of a block; a defense that changes the architecture does so in a child."""
+        changing = [part for part in job.defense if "model" in part.description.acts_on]
+        if not changing:
+            return self._scenes.weights(job.task, job.model_draws, job.trials)
+        defense = [part.id_content() for part in changing]
+
+        def build(recipe: dict[str, Any], examples: Mapping[str, Tensor]) -> Built:
+            identity = {"defense": defense, "recipe": recipe, "task": job.task.architecture.content()}
+            identity["code"] = self._provenance["code_sha256"]
+            made = self._artefacts.get(identity, lambda: self._ask_to_build(job, recipe, examples))
+            return Built(made.tensors, made.info["head"])
+
+        key = content_hash(defense)
+        return self._scenes.weights(job.task, job.model_draws, job.trials, defense=key, builder=build)
+
+    def _ask_to_build(self, job: Job, recipe: dict[str, Any], examples: Mapping[str, Tensor]) -> Artefact:
+        data = self._scenes.dataset(job.task)
+        body = {
+            "recipe": recipe,
+            "defense": [self._request(part) for part in job.defense],
+            "architecture": job.task.architecture.model_dump_json(),
+            "input_spec": data.input_spec.model_dump_json(),
+            "num_classes": data.num_classes,
+        }
+        begun = time.perf_counter()
+        with self._spawn(job, BUILD_BYTES) as child:
+            message = self._ask(
+                child,
+                "build",
+                body,
+                {"data": Blob.pack(examples)},
+                expect="built",
+                seconds=BUILD_SECONDS,
+                limit=BUILD_BYTES,
+                who="defense.model",
+            )
+            info = {"seconds": time.perf_counter() - begun, "head": str(message.body.get("head"))}
+            tensors = message.tensors("model")
+        if f"parameter/{info['head']}.weight" not in tensors:
+            raise ChildFailed("invalid", "defense.model: the changed architecture has no last linear layer")
+        return Artefact(tensors, info)
 
     def _columns(self, outcome: Outcome) -> dict[str, Any]:
         detail = ", ".join(f"{name}={value}" for name, value in sorted(outcome.isolation.items()))
@@ -212,7 +261,7 @@ class Runner:
         with ExitStack() as stack:
             run = _Run(job, weights, victims, stack, outcome, progress)
             run.order = self._scenes.order(job.task, job.trials)
-            run.names = read_names(job.attack.description.reads, weights.model, job.task.protocol)
+            run.names = read_names(job.attack.description.reads, weights, job.task.protocol)
             try:
                 self._exchange(run)
             except ChildFailed as error:
@@ -240,10 +289,8 @@ class Runner:
 
     def _client_child(self, run: _Run) -> Child:
         job, task, data = run.job, run.job.task, self._scenes.dataset(run.job.task)
-        sent = sum(run.weights.model.parameters[n][0].numel() for n in run.names if n in run.weights.model.parameters)
-        buffers = sum(b[0].numel() for b in run.weights.model.buffers.values()) if task.protocol.send_buffers else 0
-        run.outcome.update_bytes = 8 * (sent + buffers) * len(job.trials) + SLACK_BYTES
-        child = self._spawn(run, run.outcome.update_bytes)
+        run.outcome.update_bytes = 8 * run.weights.numel(run.names) * len(job.trials) + SLACK_BYTES
+        child = run.stack.enter_context(self._spawn(job, run.outcome.update_bytes))
         blobs = {
             "model": run.weights.blob,
             "victims": Blob.pack(
@@ -264,14 +311,13 @@ class Runner:
             "names": run.names,
             "device": self._device,
         }
-        self._ask(run, child, "client", body, blobs, expect="ready", seconds=self._client_seconds(job), who="client")
+        self._ask(child, "client", body, blobs, expect="ready", seconds=self._client_seconds(job), who="client")
         return child
 
     def _update(self, run: _Run, client: Child, index: int, planted: Mapping[str, Blob]) -> Blob:
         """Get one round's update and check it; an update that does not pass is the defense's failure."""
         begun = time.perf_counter()
         message = self._ask(
-            run,
             client,
             "round",
             {"round": index},
@@ -283,7 +329,7 @@ class Runner:
         )
         run.outcome.client_seconds += time.perf_counter() - begun
         run.outcome.isolation = client.detail
-        state = {**run.weights.model.parameters, **run.weights.model.buffers}
+        state = {**run.weights.parameters, **run.weights.buffers}
         expected = {name: (len(run.job.trials), *state[name].shape[1:]) for name in run.names}
         tensors = message.tensors("update")
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -299,9 +345,9 @@ class Runner:
         job, task, threat = run.job, run.job.task, run.job.task.threat_model
         data = self._scenes.dataset(task)
         preparing = purpose == "prepare"
-        trials = list(range(run.weights.model.draws)) if preparing else list(job.trials)
+        trials = list(range(len(run.weights.draws))) if preparing else list(job.trials)
         limit = self._recovery_limit(run)
-        child = self._spawn(run, limit if not preparing else max(limit, 1 << 30))
+        child = run.stack.enter_context(self._spawn(job, max(limit, PREPARED_BYTES) if preparing else limit))
         identity = (job.attack.name, task.hash)
         if preparing:
             seeds = self._scenes.seeds("prepare", trials, job.attack.name, run.weights.digest)
@@ -335,7 +381,7 @@ class Runner:
                 "num_classes": data.num_classes,
             },
         }
-        self._ask(run, child, "attack", body, blobs, expect="ready", seconds=GRACE_SECONDS, who="attack")
+        self._ask(child, "attack", body, blobs, expect="ready", seconds=GRACE_SECONDS, who="attack")
         return child
 
     def _prepared(self, run: _Run) -> dict[str, Blob]:
@@ -343,24 +389,23 @@ class Runner:
         if not job.attack.description.prepares:
             return {}
 
-        def compute() -> tuple[dict[str, Tensor], float]:
+        def compute() -> Artefact:
             child = self._attack_child(run, {}, "prepare")
             begun = time.perf_counter()
             message = self._ask(
-                run,
                 child,
                 "prepare",
                 {},
                 {},
                 expect="prepared",
                 seconds=self._attack_seconds(job),
-                limit=max(self._recovery_limit(run), 1 << 30),
+                limit=PREPARED_BYTES,
                 who="attack.prepare",
             )
-            seconds = time.perf_counter() - begun
+            info = {"seconds": time.perf_counter() - begun}
             tensors = message.tensors("prepared")
             child.close()
-            return tensors, seconds
+            return Artefact(tensors, info)
 
         task, threat = job.task, job.task.threat_model
         identity = {
@@ -374,22 +419,21 @@ class Runner:
             "code": self._provenance["code_sha256"],
         }
         artefact = self._artefacts.get(identity, compute)
-        run.outcome.prepare_seconds = artefact.seconds
-        return {"prepared": artefact.blob} if artefact.blob is not None else {}
+        run.outcome.prepare_seconds = artefact.info["seconds"]
+        return {"prepared": artefact.blob}
 
     def _plant(self, run: _Run, attack: Child, updates: list[Blob]) -> Blob:
         """Get the parameters that a malicious server replaces, and check that it may."""
-        parameters, threat = run.weights.model.parameters, run.job.task.threat_model
+        parameters, threat = run.weights.parameters, run.job.task.threat_model
         history = {f"update{i}": blob for i, blob in enumerate(updates)}
         message = self._ask(
-            run,
             attack,
             "plant",
             {},
             history,
             expect="planted",
             seconds=self._attack_seconds(run.job),
-            limit=sum(t[0].numel() for t in parameters.values()) * 8 * run.job.task.protocol.clients + SLACK_BYTES,
+            limit=run.weights.numel(parameters) * 8 * run.job.task.protocol.clients + SLACK_BYTES,
             who="attack.plant",
         )
         leading = {1, run.job.task.protocol.clients} if threat.per_client else {1}
@@ -404,7 +448,6 @@ class Runner:
         job, task = run.job, run.job.task
         begun = time.perf_counter()
         message = self._ask(
-            run,
             attack,
             "run",
             {},
@@ -413,6 +456,7 @@ class Runner:
             seconds=self._attack_seconds(job),
             limit=self._recovery_limit(run),
             who="attack",
+            on_progress=run.on_progress,
         )
         run.outcome.wall_seconds = time.perf_counter() - begun
         run.outcome.isolation = attack.detail
@@ -432,19 +476,17 @@ class Runner:
 
     # --- children -------------------------------------------------------------------------------------------------
 
-    def _spawn(self, run: _Run, file_size: int) -> Child:
+    def _spawn(self, job: Job, file_size: int) -> Child:
         with self._server_lock:
             if not self._server.alive:  # an entry may have managed to end it; the next job gets a new one
                 self._server.close()
                 self._server = self._new_server()
             server = self._server
         memory = self._memory if self._device == "cpu" else None
-        child = server.spawn(memory=memory, file_size=file_size, threads=run.job.threads, local=self._local)
-        return run.stack.enter_context(child)
+        return server.spawn(memory=memory, file_size=file_size, threads=job.threads, local=self._local)
 
     def _ask(
         self,
-        run: _Run,
         child: Child,
         kind: str,
         body: Mapping[str, Any],
@@ -454,11 +496,10 @@ class Runner:
         seconds: float,
         who: str,
         limit: int = SLACK_BYTES,
-    ) -> Any:
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Message:
         try:
-            return child.ask(
-                kind, body, blobs, expect=expect, seconds=seconds, limit=limit, on_progress=run.on_progress
-            )
+            return child.ask(kind, body, blobs, expect=expect, seconds=seconds, limit=limit, on_progress=on_progress)
         except ChildFailed as error:
             raise ChildFailed(error.status, f"{who}: {error}", error.output) from None
 
@@ -468,9 +509,9 @@ class Runner:
         return spec.request()
 
     def _granted_model(self, task: Task, weights: Weights) -> Blob:
-        if task.threat_model.bn_statistics != "none" or not weights.model.has_batch_norm:
+        if task.threat_model.bn_statistics != "none" or not weights.buffers:
             return weights.blob
-        return self._granted.get(weights.digest, lambda: Blob.pack(granted_state(task, weights.model)))
+        return self._granted.get(weights.digest, lambda: Blob.pack(granted_state(task, weights)))
 
     def _attack_seconds(self, job: Job) -> float:
         per_trial = float("inf") if job.wall_seconds is None else job.wall_seconds

@@ -10,27 +10,28 @@ import torch
 from torch import Tensor
 
 from leakbench.data import Dataset
-from leakbench.models.functional import Model
+from leakbench.models.functional import flat_state
+from leakbench.runner.scene import Weights
 from leakbench.tasks import Protocol, Task
 
 
-def granted_names(task: Task, model: Model) -> frozenset[str]:
+def granted_names(task: Task, weights: Weights) -> frozenset[str]:
     """Return everything an attack's ``needs`` may count on: the grants, and the facts of the task."""
     facts = {
-        "head_bias": model.has_head_bias,
-        "nonnegative_features": model.nonnegative_features is True,
+        "head_bias": weights.has_head_bias,
+        "nonnegative_features": weights.nonnegative_features is True,
         "single_example": task.inputs_per_client * task.protocol.clients == 1,
     }
     return task.threat_model.granted() | {name for name, true in facts.items() if true}
 
 
-def read_names(reads: Sequence[str], model: Model, protocol: Protocol) -> list[str]:
+def read_names(reads: Sequence[str], weights: Weights, protocol: Protocol) -> list[str]:
     """Return the update tensors that patterns name; ``head.weight`` and ``head.bias`` mean the last linear layer."""
     patterns = [
-        pattern.replace("head.", f"{model.head}.", 1) if pattern in ("head.weight", "head.bias") else pattern
+        pattern.replace("head.", f"{weights.head}.", 1) if pattern in ("head.weight", "head.bias") else pattern
         for pattern in reads
     ]
-    names = [*model.parameters, *(model.buffers if protocol.send_buffers else ())]
+    names = [*weights.parameters, *(weights.buffers if protocol.send_buffers else ())]
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -59,9 +60,9 @@ def granted_facts(
     }
 
 
-def granted_state(task: Task, model: Model) -> dict[str, Tensor]:
+def granted_state(task: Task, weights: Weights) -> dict[str, Tensor]:
     """Return the model's tensors that may be known: without running statistics where those are withheld."""
-    tensors = model.tensors()
+    tensors = flat_state(weights.parameters, weights.buffers)
     if task.threat_model.bn_statistics == "none":
         for name in tensors:
             if name.endswith("running_mean"):

@@ -95,7 +95,7 @@ def readable_paths() -> tuple[str, ...]:
     from importlib.util import find_spec
 
     paths = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/proc", "/sys"}
-    paths |= {"/etc/localtime", "/etc/passwd", "/dev/shm"}
+    paths |= {"/etc/localtime", "/etc/passwd"}
     for package in ("leakbench", "leakbench_baselines"):
         spec = find_spec(package)
         if spec is not None:
@@ -144,8 +144,8 @@ class ChildServer:
         command = [sys.executable, "-I", "-m", "leakbench.runner.server", str(theirs.fileno()), inside]
         if self.level == "bwrap":
             command = bubblewrap_command([*readable_paths(), *self._files], self._devices) + command
-        self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the server)
+        self._process = subprocess.Popen(  # noqa: S603  (our own interpreter and module)
             command,
             stdin=subprocess.DEVNULL,
             stdout=self._errors,
@@ -303,6 +303,7 @@ class Child:
     detail: dict[str, Any] = field(default_factory=dict)
     peak_memory: int | None = None
     _printed: int = 0
+    _end: Exit | None = None
 
     def ask(
         self,
@@ -388,7 +389,7 @@ class Child:
 
     def _died(self) -> ChildFailed:
         self._drain()
-        end = self.server.exit_of(self.job)
+        self._end = end = self.server.exit_of(self.job)
         self.peak_memory = end.rss if end else None
         last = self.output.strip().splitlines()
         said = f"; it last said: {last[-1][:300]}" if last else ""
@@ -407,10 +408,10 @@ class Child:
         if self.pipe is not None:
             os.close(self.pipe)
             self.pipe = None
-        end = self.server.exit_of(self.job)
-        if end is not None and end.rss:
-            self.peak_memory = end.rss
-        return end
+        self._end = self._end or self.server.exit_of(self.job)
+        if self._end is not None and self._end.rss:
+            self.peak_memory = self._end.rss
+        return self._end
 
     def __enter__(self) -> Self:
         return self

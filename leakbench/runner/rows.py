@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +84,7 @@ def job_rows(
         "error": outcome.error,
         "prepare_seconds": outcome.prepare_seconds,
         "peak_memory_bytes": outcome.peak_memory,
-        "utc": datetime.datetime.now(datetime.UTC),
+        "utc": dt.datetime.now(dt.UTC),
     }
     columns: dict[str, Sequence[Any]] = {"trial": list(job.trials)}
     if outcome.wall_seconds is not None:
@@ -135,9 +135,7 @@ def _counts(victims: Victims, classes: int) -> Tensor:
     return torch.nn.functional.one_hot(labels, classes).sum(2)
 
 
-def _scores(
-    job: Job, recovery: Recovery | None, scenes: Scenes, victims: Victims, counts: Tensor
-) -> dict[str, Tensor]:
+def _scores(job: Job, recovery: Recovery | None, scenes: Scenes, victims: Victims, counts: Tensor) -> dict[str, Tensor]:
     """Return the metrics of the task's target and their chance levels or floors, (T,) each."""
     task = job.task
     if task.target == "labels":

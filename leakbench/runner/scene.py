@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,15 +17,11 @@ from torch import Tensor
 from leakbench.data import Dataset, Victims, draw_label_counts, draw_victims, load_dataset
 from leakbench.federation.inputs import to_pixels
 from leakbench.keys import PUBLIC_KEY, Season, derive, seed
-from leakbench.metrics.chance import label_chance
-from leakbench.models.functional import Model, build_model
-from leakbench.models.stages import checkpoint
+from leakbench.metrics.chance import CHANCE_DRAWS, label_chance
+from leakbench.models.functional import build_model, flat_state, split_state
+from leakbench.models.stages import DRAWS, Unavailable, checkpoint
 from leakbench.runner.wire import Blob
 from leakbench.tasks import Task
-
-CHECKPOINTS = 3
-"""Checkpoints of a trained stage; trial t of ``model_draws: per_trial`` uses checkpoint t mod 3."""
-CHANCE_DRAWS = 10_000
 
 V = TypeVar("V")
 
@@ -34,23 +31,59 @@ class Weights:
     """The model of a block, as the server holds it.
 
     Args:
-        model: M = 1 or T.
-        blob: Its tensors, ready to be sent; shared by all jobs that use it.
+        parameters: (M, *shape) by name, M = 1 or T.
+        buffers: (M, *shape) by name.
+        head: Name of the last linear layer.
+        nonnegative_features: Whether its inputs are never negative; None when unknown.
         sha256: Sha256 of every draw's weights, length M.
         origin: ``init``, ``official``, ``local`` or ``pretrained``.
         draws: Number of the draw behind each of the M.
     """
 
-    model: Model
-    blob: Blob
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    head: str
+    nonnegative_features: bool | None
     sha256: tuple[str, ...]
     origin: str
     draws: tuple[int, ...]
+
+    @cached_property
+    def blob(self) -> Blob:
+        """Its tensors, ready to be sent; shared by all jobs that use it."""
+        return Blob.pack(flat_state(self.parameters, self.buffers))
+
+    @property
+    def has_head_bias(self) -> bool:
+        """Whether the last layer has a bias."""
+        return f"{self.head}.bias" in self.parameters
 
     @property
     def digest(self) -> str:
         """One hash for all M."""
         return hashlib.sha256("".join(self.sha256).encode()).hexdigest()
+
+    def numel(self, names: Iterable[str]) -> int:
+        """Return the numbers of one draw's tensors, parameters or buffers, of these names."""
+        state = {**self.parameters, **self.buffers}
+        return sum(state[name][0].numel() for name in names)
+
+
+@dataclass(frozen=True)
+class Built:
+    """Weights that a child built, because a defense changes the architecture.
+
+    Args:
+        tensors: State in the form of `leakbench.models.functional.Model.tensors`.
+        head: Name of the last linear layer.
+    """
+
+    tensors: dict[str, Tensor]
+    head: str
+
+
+Builder = Callable[[dict[str, Any], Mapping[str, Tensor]], Built]
+"""Asks a child to build weights: from a recipe (JSON) and training data (tensors)."""
 
 
 class Kept:
@@ -124,9 +157,7 @@ class Scenes:
             stream = derive(self._season.key, "order", batch.content(), count, trial, client, turn)
             return sorted(range(count), key=lambda i: derive(stream, i))
 
-        every = [
-            [[shuffled(t, k, turn) for turn in range(passes)] for k in range(protocol.clients)] for t in trials
-        ]
+        every = [[[shuffled(t, k, turn) for turn in range(passes)] for k in range(protocol.clients)] for t in trials]
         return torch.tensor(every).view(len(trials), protocol.clients, protocol.local_steps, batch.size)
 
     def seeds(self, purpose: str, trials: Sequence[int], *names: object) -> Tensor:
@@ -135,38 +166,68 @@ class Scenes:
         rows = [list(derive(key, purpose, *names, trial)) for trial in trials]
         return torch.tensor(rows, dtype=torch.uint8).view(len(trials), 32)
 
-    def weights(self, task: Task, model_draws: str, trials: Sequence[int]) -> Weights:
+    def weights(
+        self, task: Task, model_draws: str, trials: Sequence[int], *, defense: str = "", builder: Builder | None = None
+    ) -> Weights:
         """Return the model of a block: one draw for all trials, or one each.
+
+        Args:
+            task: The task.
+            model_draws: ``one`` or ``per_trial``.
+            trials: The block's trials.
+            defense: Identity of the defense that changes the architecture; empty where none does.
+            builder: Builds the changed architecture; this process never runs a defense.
 
         Raises:
             Unavailable: Pretrained weights cannot be had.
         """
         numbers = (0,) if model_draws == "one" else tuple(trials)
         if task.stage != "untrained":
-            numbers = tuple(n % CHECKPOINTS for n in numbers)
+            numbers = tuple(n % DRAWS for n in numbers)
         data = self.dataset(task)
         # Untrained weights depend on the architecture and the data's shape alone.
         trained = (data.fingerprint, task.normalise) if task.stage != "untrained" else ()
         key = (task.architecture.model_dump_json(), data.input_spec.shape, data.num_classes, task.stage, trained)
+        if builder is not None:
+            return self._weights.get((key, numbers, defense), lambda: self._changed(task, data, numbers, builder))
         return self._weights.get((key, numbers), lambda: self._build(task, data, numbers))
 
+    def _init_seeds(self, task: Task, data: Dataset, numbers: tuple[int, ...]) -> list[int]:
+        content = (task.architecture.content(), data.input_spec.shape, data.num_classes)
+        return [seed(self._season.key, "init", *content, n) for n in numbers]
+
     def _build(self, task: Task, data: Dataset, numbers: tuple[int, ...]) -> Weights:
-        shape, classes, origin = data.input_spec.shape, data.num_classes, "init"
+        shape, classes, origin, hashes = data.input_spec.shape, data.num_classes, "init", None
         if task.stage == "untrained":
-            content = task.architecture.content()
-            seeds = [seed(self._season.key, "init", content, shape, classes, n) for n in numbers]
-            model = build_model(task.architecture, shape, classes, seeds=seeds)
+            model = build_model(task.architecture, shape, classes, seeds=self._init_seeds(task, data, numbers))
         else:
-            distinct = {
+            known = {
                 n: checkpoint(task.architecture, data, task.stage, n, normalise=task.normalise) for n in set(numbers)
             }
-            origin = distinct[numbers[0]].origin
-            names = distinct[numbers[0]].tensors
-            # stages hand out tensors with a leading 1, as Model.tensors() does for one draw
-            state = {name: torch.cat([distinct[n].tensors[name] for n in numbers]) for name in names}
+            state = {name: torch.cat([known[n].tensors[name] for n in numbers]) for name in known[numbers[0]].tensors}
             model = build_model(task.architecture, shape, classes, state=state)
-        tensors = model.tensors()
-        return Weights(model, Blob.pack(tensors), _hashes(tensors, model.draws), origin, numbers)
+            origin, hashes = known[numbers[0]].origin, tuple(known[n].sha256 for n in numbers)
+        hashes = hashes or _hashes(model.tensors(), len(numbers))
+        return Weights(model.parameters, model.buffers, model.head, model.nonnegative_features, hashes, origin, numbers)
+
+    def _changed(self, task: Task, data: Dataset, numbers: tuple[int, ...], builder: Builder) -> Weights:
+        """Have a child apply a defense's change of the architecture before the stage recipe."""
+        if task.stage == "pretrained":
+            raise Unavailable("no pretrained weights exist for an architecture that a defense changed")
+        recipe: dict[str, Any] = {"seeds": self._init_seeds(task, data, numbers)}
+        examples: dict[str, Tensor] = {}
+        if task.stage != "untrained":
+            recipe = {"stage": task.stage, "draws": numbers, "normalise": task.normalise}
+            recipe["fingerprint"] = data.fingerprint
+            rows = {name: data.rows(name) for name in ("private", "test")}
+            order = np.concatenate(list(rows.values()))
+            examples = {"images": torch.tensor(data.images[order]), "labels": torch.tensor(data.labels[order])}
+            examples["private"] = torch.arange(len(rows["private"]))
+            examples["test"] = torch.arange(len(rows["private"]), len(order))
+        built = builder(recipe, examples)
+        parts = split_state(built.tensors)
+        origin = "init" if task.stage == "untrained" else "local"
+        return Weights(*parts, built.head, None, _hashes(built.tensors, len(numbers)), origin, numbers)
 
     def chance(self, task: Task) -> dict[str, float]:
         """Return the chance level of every label metric for the task's sampler and data."""

@@ -63,7 +63,8 @@ class Blob:
         """Write ``tensors`` into a new sealed memory file."""
         # Wide types first keeps every tensor aligned without the gaps that safetensors forbids.
         order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-        header, offset = {}, 0
+        header: dict[str, dict[str, Any]] = {}
+        offset = 0
         for name in order:
             tensor = tensors[name]
             end = offset + tensor.numel() * tensor.element_size()
