@@ -20,7 +20,7 @@ def round_to_total(estimate: Tensor, total: int) -> Tensor:
     """
     share = estimate.double().clamp(min=0)
     mass = share.sum(1, keepdim=True)
-    share = torch.where(mass > 0, share * (total / mass), total / share.shape[1])
+    share = torch.where(mass > 0, share / mass * total, total / share.shape[1])
     counts = share.floor()
     missing = total - counts.sum(1, keepdim=True)
     rank = (share - counts).argsort(dim=1, descending=True, stable=True).argsort(1)
