@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from leakbench.tasks import InputSpec
@@ -22,7 +22,7 @@ def to_inputs(images: NDArray[np.uint8], spec: InputSpec, normalise: bool) -> Te
         spec: Mean and standard deviation per channel, for values in [0, 1].
         normalise: Whether to apply them; otherwise values stay in [0, 1].
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(torch.float32) / 255
+    pixels = torch.tensor(images).to(torch.float32) / 255
     if not normalise:
         return pixels
     mean, std = _moments(spec, pixels)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,20 +84,27 @@ def initialised(
 ) -> nn.Module:
     """Return the module initialised as ``architecture.init`` says, by ``seed`` alone.
 
-    Constructors draw from torch's global generator. Its state is put back, under a lock because the harness calls
-    this from several threads.
-
     Raises:
         UserError: See `build_module`.
     """
-    with _GLOBAL_RNG, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         module = build_module(architecture, input_shape, num_classes, transform)
         if architecture.init != "default":
             bound = float(re.sub(r"[^\d.]", "", architecture.init))
             for parameter in module.parameters():
                 parameter.uniform_(-bound, bound)
     return module
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block with torch's global CPU generator seeded, and put its state back.
+
+    Constructors and Dropout take no generator. Blocks take turns, because the harness runs several threads.
+    """
+    with _GLOBAL_RNG, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def head_name(module: nn.Module, num_classes: int) -> str | None:

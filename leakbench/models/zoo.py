@@ -38,11 +38,16 @@ def timm_classifier(
 
     Raises:
         UserError: timm has no such classifier.
+        ValueError: The pretrained weights are for another number of classes.
     """
     import timm
 
     if not timm.is_model(name):
         raise unknown("timm architecture", name, timm.list_models())
+    trained = timm.get_pretrained_cfg(name) if pretrained else None
+    if trained is not None and trained.num_classes != num_classes:
+        # timm would replace the last layer by an untrained one without a word.
+        raise ValueError(f"the weights are for {trained.num_classes} classes, the dataset has {num_classes}")
     module: nn.Module = timm.create_model(
         name, pretrained=pretrained, num_classes=num_classes, in_chans=input_shape[0], **params
     )
