@@ -32,8 +32,10 @@ class InvertingGradients(Attack):
     is matched by the gradient of all its inputs at the weights sent out: a direction needs no learning rate.
 
     Args:
-        steps: Iterations; fewer where the suite's budget of gradient evaluations ends earlier.
-        tv: Weight of the total variation. Defaults are those of the paper's library.
+        steps: Iterations; fewer where the suite's budget of gradient evaluations ends earlier. The default is that of
+            the paper's library.
+        tv: Weight of the total variation. The default is that of the paper's ``reconstruct_image.py``; its library's
+            0.1 is for 224x224 images and flattens 8x8 ones below the mean image (8.9 against 11.3 dB on digits).
         lr: Learning rate of Adam.
         restarts: Random initialisations.
 
@@ -44,7 +46,7 @@ class InvertingGradients(Attack):
     recovers = frozenset({"inputs"})
     needs = frozenset({"batch_size", "weights"})
 
-    def __init__(self, *, steps: int = 4800, tv: float = 0.1, lr: float = 0.1, restarts: int = 1) -> None:
+    def __init__(self, *, steps: int = 4800, tv: float = 1e-4, lr: float = 0.1, restarts: int = 1) -> None:
         if steps < 1 or restarts < 1:
             raise UserError(f"inverting_gradients: expected steps and restarts of at least 1, got {steps}, {restarts}")
         self.steps = steps

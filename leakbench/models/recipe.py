@@ -9,7 +9,9 @@ number of cores.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -35,6 +37,8 @@ RECIPE_VERSION = 1
 STAGES = {"early": 0.02, "mid": 0.2, "converged": 1.0}
 """Fraction of the steps after which the snapshot is taken."""
 
+_log = logging.getLogger(__name__)
+_REPORT_SECONDS = 5.0
 _BATCH, _EPOCHS, _LEAST_STEPS = 64, 20, 1000
 _RATE, _DECAY = 3e-3, 1e-2
 
@@ -118,7 +122,11 @@ def train(
     order = torch.Generator().manual_seed(run_seed)
     batches: list[Tensor] = []
     with seeded(run_seed), _one_thread():
+        told = time.monotonic()
         for step in range(1, steps + 1):
+            if time.monotonic() - told > _REPORT_SECONDS:
+                told = time.monotonic()
+                _log.info("training %s on %s, run %d: step %d of %d", architecture.label, _shape(data), draw, step, steps)
             if not batches:
                 shuffled = rows[torch.randperm(len(rows), generator=order)]
                 # BatchNorm has no statistics of one example, so a last batch of one is dropped.
@@ -131,6 +139,11 @@ def train(
                 yield Snapshot(due[step], _tensors(module), _accuracy(module, data, normalise))
                 if due[step] == last:
                     return
+
+
+def _shape(data: TrainingData) -> str:
+    shape = "x".join(map(str, data.input_spec.shape))
+    return f"{len(data.splits['private'])} images of {shape}"
 
 
 def _examples(data: TrainingData, rows: Tensor, normalise: bool) -> tuple[Tensor, Tensor]:

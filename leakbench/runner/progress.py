@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ class Display(Protocol):
 
     def report(self, job: Job, values: Mapping[str, Any]) -> None:
         """The attack of ``job`` told how far it is; called from worker threads."""
+
+    def say(self, text: str) -> None:
+        """Show one line about the run as a whole."""
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -50,6 +54,10 @@ class PlainDisplay:
 
     def report(self, job: Job, values: Mapping[str, Any]) -> None:
         """Print nothing: a log is no place for every step."""
+
+    def say(self, text: str) -> None:
+        """Print the line."""
+        print(text, file=self._file, flush=True)
 
     def __enter__(self) -> Self:
         return self
@@ -96,12 +104,32 @@ class BarDisplay:
         """Show the job, its step and its objective."""
         self._bar.update(self._task, description=job.label + describe_report(values))
 
+    def say(self, text: str) -> None:
+        """Show the line where an attack's progress will be."""
+        self._bar.update(self._task, description=text)
+
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.stop()
+
+
+class SayLog(logging.Handler):
+    """Shows what leakbench logs, such as the progress of training a checkpoint.
+
+    Args:
+        display: Where.
+    """
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        self._display.say(record.getMessage())
 
 
 def describe_report(values: Mapping[str, Any]) -> str:
