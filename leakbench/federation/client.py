@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -62,7 +62,8 @@ class Client:
             labels: (T, N), or soft (T, N, C).
             random: Streams of the defense.
             state: Kept by the caller between rounds.
-            names: Tensors to send; all where None. The others are computed only if the defense looks across tensors.
+            names: Tensors to send; all where None. Gradients of others are computed only where local steps or a defense
+                that looks across tensors need them.
             order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
             round_index: Index of the round.
             client: Index of the client.
@@ -76,11 +77,14 @@ class Client:
         trained = model
         velocity: dict[str, Tensor] = {}
         single = protocol.sends == "gradient"
-        every = None if not single or self.defense.needs_all_tensors else names
-
-        def context(step: int) -> DefenseContext:
-            index = self._batch(step, labels.shape[0], order, inputs.device)
-            return DefenseContext(
+        computed = None if names is None else [name for name in model.parameters if name in names]
+        if not single or self.defense.needs_all_tensors:
+            computed = None
+        if order is None:
+            order = batch_order(protocol, self.batch_size).expand(labels.shape[0], -1, -1)
+        for step in range(protocol.local_steps):
+            index = order[:, step].to(inputs.device)
+            ctx = DefenseContext(
                 model=trained,
                 inputs=_take(inputs, index),
                 labels=_take(labels, index),
@@ -92,44 +96,37 @@ class Client:
                 random=random.at(round_index, client, step),
                 states=state.defense,
             )
-
-        ctx, grads = context(0), dict[str, Tensor]()
-        for step in range(protocol.local_steps):
-            ctx = context(step)
-            grads, trained = self._gradient(trained, ctx, every, create_graph=create_graph)
+            grads, trained, ctx = self._gradient(trained, ctx, computed, create_graph=create_graph)
             if not single:
                 trained = self._descend(trained, grads, velocity)
         update = grads if single else self._difference(model, trained)
-        update = self.defense.tensors("update", update, ctx)
-        if names is not None:
-            update = {name: update[name] for name in update if name in names}
+        update = self.defense.tensors("update", update, replace(ctx, model=trained))
         if protocol.send_buffers:
-            update |= {n: v.expand(labels.shape[0], *v.shape[1:]) for n, v in trained.buffers.items()}
-        return update
-
-    def _batch(self, step: int, trials: int, order: Tensor | None, device: torch.device) -> Tensor:
-        if order is not None:
-            return order[:, step].to(device)
-        first = (step % self.protocol.local_batches) * self.batch_size
-        return torch.arange(first, first + self.batch_size, device=device).expand(trials, -1)
+            buffers = {name: v.expand(labels.shape[0], *v.shape[1:]) for name, v in trained.buffers.items()}
+            update = {**update, **buffers}
+        return update if names is None else {name: v for name, v in update.items() if name in names}
 
     def _gradient(
         self, model: Model, ctx: DefenseContext, names: Collection[str] | None, *, create_graph: bool
-    ) -> tuple[dict[str, Tensor], Model]:
+    ) -> tuple[dict[str, Tensor], Model, DefenseContext]:
+        """Return one step's gradient, the model with the buffers it leaves, and the context of the batch as used."""
         inputs, labels = self.defense.batch(ctx.inputs, ctx.labels, ctx)
+        ctx = replace(ctx, inputs=inputs, labels=labels)
         mode, reduction = self.protocol.batch_norm, self.protocol.reduction
         if self.defense.acts_in("per_example"):
-            examples = per_example_gradients(model, inputs, labels, names=names, batch_norm=mode)
+            examples = per_example_gradients(
+                model, inputs, labels, names=names, batch_norm=mode, create_graph=create_graph
+            )
             kept = self.defense.tensors("per_example", examples, ctx)
             grads = {n: v.mean(1) if reduction == "mean" else v.sum(1) for n, v in kept.items()}
         else:
             result = per_trial_gradients(
                 model, inputs, labels, names=names, batch_norm=mode, reduction=reduction, create_graph=create_graph
             )
-            grads = result.tensors
+            grads, ctx = result.tensors, replace(ctx, loss=result.losses)
             if result.buffers:
                 model = model.with_state(buffers=result.buffers)
-        return self.defense.tensors("step", grads, ctx), model
+        return self.defense.tensors("step", grads, ctx), model, ctx
 
     def _descend(self, model: Model, grads: dict[str, Tensor], velocity: dict[str, Tensor]) -> Model:
         """One step of SGD as in torch.optim.SGD, functional so that it can be differentiated through."""
@@ -146,6 +143,12 @@ class Client:
         if self.protocol.sends == "weights":
             return dict(after.parameters)
         return {name: before.parameters[name] - weight for name, weight in after.parameters.items()}
+
+
+def batch_order(protocol: Protocol, batch_size: int) -> Tensor:
+    """Return (local_steps, B) indices of every local step's batch into a client's examples, in their own order."""
+    step = torch.arange(protocol.local_steps) % protocol.local_batches
+    return step[:, None] * batch_size + torch.arange(batch_size)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
