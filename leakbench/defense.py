@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor, nn
 
 from leakbench.entry import Entry
@@ -20,14 +21,14 @@ class DefenseContext:
 
     Args:
         model: The model as it is now, M = 1 or T.
-        inputs: (T, B, *input_shape) the current local batch.
-        labels: (T, B) or soft (T, B, C).
-        loss: (T,) loss of the current batch, where it has been computed.
+        inputs: (T, B, *input_shape) the current local batch; after the ``batch`` hooks what they made of it.
+        labels: (T, B) or soft (T, B, C), like ``inputs``.
+        loss: (T,) loss of that batch, in ``step`` and ``update``; None where examples have losses of their own.
         round: Index of the round.
         client: Index of the client.
         local_step: Index of the local step.
         lr: Local learning rate.
-        random: Streams of this (defense, trial, client, round, step).
+        random: Streams of this (defense, hook, trial, client, round, step).
         state: (T, ...) tensors that the harness keeps between steps and rounds of one client (error feedback).
         states: The harness's store of every part's ``state``.
     """
@@ -129,23 +130,33 @@ class DefenseChain:
         """Apply every part's ``batch`` hook.
 
         Raises:
-            InvalidOutput: A part returned another number of trials or inputs of another shape.
+            InvalidOutput: A part returned anything but inputs (T, B, *shape) of the same type and labels (T, B) or
+                (T, B, C).
         """
         for index, part in enumerate(self.parts):
             if not part.overrides("batch"):
                 continue
-            result = part.batch(inputs, labels, self._context(ctx, index))
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise InvalidOutput(f"{part!r}.batch must return (inputs, labels), got {type(result).__name__}")
-            new_inputs, new_labels = result
-            same_batch = new_labels.shape[:2] == new_inputs.shape[:2]
-            if new_inputs.shape[0] != inputs.shape[0] or new_inputs.shape[2:] != inputs.shape[2:] or not same_batch:
-                raise InvalidOutput(
-                    f"{part!r}.batch: expected inputs (T, B, *shape) like {tuple(inputs.shape)} and labels (T, B), "
-                    f"got {tuple(new_inputs.shape)} and {tuple(new_labels.shape)}"
-                )
-            inputs, labels = new_inputs, new_labels
+            result = part.batch(inputs, labels, self._context(ctx, index, "batch"))
+            if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(v, Tensor) for v in result)):
+                raise InvalidOutput(f"{part!r}.batch must return two tensors (inputs, labels), got {_kind(result)}")
+            self._check_batch(f"{part!r}.batch", inputs, *result, ctx.model.num_classes)
+            inputs, labels = result
         return inputs, labels
+
+    @staticmethod
+    def _check_batch(who: str, before: Tensor, inputs: Tensor, labels: Tensor, classes: int) -> None:
+        soft = labels.dim() == 3
+        right_inputs = inputs.dtype == before.dtype and inputs.dim() == before.dim() and inputs.shape[1] > 0
+        right_inputs = right_inputs and inputs.shape[0] == before.shape[0] and inputs.shape[2:] == before.shape[2:]
+        right_labels = labels.shape[2:] == ((classes,) if soft else ()) and labels.shape[:2] == inputs.shape[:2]
+        right_labels = right_labels and labels.dtype == (before.dtype if soft else torch.int64)
+        if not (right_inputs and right_labels):
+            shape = ", ".join(map(str, before.shape[2:]))
+            raise InvalidOutput(
+                f"{who}: expected {before.dtype} inputs ({before.shape[0]}, B, {shape}) and torch.int64 labels "
+                f"({before.shape[0]}, B) or {before.dtype} ones ({before.shape[0]}, B, {classes}), got {inputs.dtype} "
+                f"{tuple(inputs.shape)} and {labels.dtype} {tuple(labels.shape)}"
+            )
 
     def tensors(self, hook: str, tensors: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:
         """Apply every part's ``per_example``, ``step`` or ``update`` hook.
@@ -156,25 +167,36 @@ class DefenseChain:
         for index, part in enumerate(self.parts):
             if not part.overrides(hook):
                 continue
-            shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-            result = getattr(part, hook)(dict(tensors), self._context(ctx, index))
+            given = [*ctx.model.parameters.items(), *tensors.items()]
+            versions = [value._version for _, value in given]
+            shapes = {name: _kind(value) for name, value in tensors.items()}
+            result = getattr(part, hook)(dict(tensors), self._context(ctx, index, hook))
             if not isinstance(result, dict):
-                raise InvalidOutput(f"{part!r}.{hook} must return a dict of tensors, got {type(result).__name__}")
-            got = {n: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else type(v) for n, v in result.items()}
-            if got != shapes:
-                wrong = sorted(n for n in shapes.keys() | got.keys() if shapes.get(n) != got.get(n))[0]
+                raise InvalidOutput(f"{part!r}.{hook} must return a dict of tensors, got {_kind(result)}")
+            got = {name: _kind(value) for name, value in result.items()}
+            wrong = sorted((n for n in shapes.keys() | got.keys() if shapes.get(n) != got.get(n)), key=str)
+            if wrong:
                 raise InvalidOutput(
-                    f"{part!r}.{hook} must return the names and shapes it was given; {wrong!r}: "
-                    f"expected {shapes.get(wrong, 'nothing')}, got {got.get(wrong, 'nothing')}"
+                    f"{part!r}.{hook} must return the names and shapes it was given; {wrong[0]!r}: "
+                    f"expected {shapes.get(wrong[0], 'nothing')}, got {got.get(wrong[0], 'nothing')}"
                 )
+            changed = [n for (n, value), version in zip(given, versions, strict=True) if value._version != version]
+            if changed:
+                raise InvalidOutput(f"{part!r}.{hook} changed {changed[0]!r} in place; return new tensors instead")
             tensors = result
         return tensors
 
-    def _context(self, ctx: DefenseContext, part: int) -> DefenseContext:
-        """Give a part its own streams and state, keyed by its name, so that a chain's parts never share a draw.
+    def _context(self, ctx: DefenseContext, part: int, hook: str) -> DefenseContext:
+        """Give a part its own streams and state, keyed by its name, so that parts and hooks never share a draw.
 
         The same defense draws the same noise alone and in a chain, and at every strength: comparisons are paired.
         """
-        same_name = sum(other.name == self.parts[part].name for other in self.parts[:part])
-        key = (self.parts[part].name, same_name)
-        return replace(ctx, random=ctx.random.at("defense", *key), state=ctx.states.setdefault(key, {}))
+        names = [getattr(other, "name", type(other).__name__) for other in self.parts[: part + 1]]
+        key = (names[-1], names.count(names[-1]) - 1)
+        return replace(ctx, random=ctx.random.at("defense", *key, hook), state=ctx.states.setdefault(key, {}))
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} on {value.device}"
+    return type(value).__name__
