@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leakbench.defense import DefenseChain
 from leakbench.errors import NotGranted
-from leakbench.federation.client import Client
+from leakbench.federation.client import Client, batch_order
 from leakbench.federation.gradients import per_trial_gradients
 from leakbench.models.functional import Model
 from leakbench.randomness import TrialRandom
@@ -106,8 +106,8 @@ class Knowledge:
         spec = self._facts.input_spec
         ones = (1,) * (len(spec.shape) - 1)
         if not self._facts.normalised:
-            return torch.zeros(1, *ones), torch.ones(1, *ones)
-        mean, std = torch.tensor(spec.mean).view(-1, *ones), torch.tensor(spec.std).view(-1, *ones)
+            return torch.zeros(1, *ones, device=self._random.device), torch.ones(1, *ones, device=self._random.device)
+        mean, std = (torch.tensor(v, device=self._random.device).view(-1, *ones) for v in (spec.mean, spec.std))
         return -mean / std, (1 - mean) / std
 
     @property
@@ -150,7 +150,8 @@ class Knowledge:
     @property
     def class_prior(self) -> Tensor:
         """(C,) class frequencies of the data source."""
-        return torch.tensor(self._grant("label_prior", self._facts.class_prior), dtype=torch.float64)
+        prior = self._grant("label_prior", self._facts.class_prior)
+        return torch.tensor(prior, dtype=torch.float64, device=self._random.device)
 
     @property
     def model(self) -> Model:
@@ -243,7 +244,7 @@ class Seen:
     Args:
         updates: One update per round, tensors (T, *shape) by name.
         labels: (T, K, N) private labels in batch order, where granted.
-        order: (T, local_steps, B) batch order, where granted.
+        order: (T, K, local_steps, B) batch order, where granted and not that of the examples themselves.
         prepared: What `Attack.prepare` returned.
     """
 
@@ -282,22 +283,31 @@ class Observation(Knowledge):
 
     @property
     def batch_order(self) -> Tensor:
-        """(T, local_steps, B) indices into N of every local step's batch."""
-        return self._grant("batch_order", self._seen.order)
+        """(T, K, local_steps, B) indices into a client's N examples of every local step's batch."""
+        self._grant("batch_order", True)
+        if self._seen.order is not None:
+            return self._seen.order
+        self._grant("local_steps", True)
+        order = batch_order(self._facts.protocol, self.batch_size).to(self._random.device)
+        return order.expand(self.trials, self.clients, -1, -1)
 
     @property
     def gradient(self) -> dict[str, Tensor]:
         """The update in units of a gradient: itself, or the sum of the local steps' gradients under plain SGD.
 
+        Buffers that were sent are left out.
+
         Raises:
-            NotGranted: The update is a difference of weights and the learning rate is withheld.
+            NotGranted: The update is a difference of weights and the learning rate is withheld; or weights were sent,
+                or buffers, and the model is withheld.
         """
+        buffers = self.model.buffers if self._facts.protocol.send_buffers else {}
+        update = {name: value for name, value in self.update.items() if name not in buffers}
         if self.sends == "gradient":
-            return dict(self.update)
+            return update
         if self.sends == "delta":
-            return {name: value / self.lr for name, value in self.update.items()}
-        start = self.model.parameters
-        return {name: (start[name] - value) / self.lr for name, value in self.update.items() if name in start}
+            return {name: value / self.lr for name, value in update.items()}
+        return {name: (self.model.parameters[name] - value) / self.lr for name, value in update.items()}
 
     @property
     def head_weight(self) -> Tensor:

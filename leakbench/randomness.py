@@ -32,6 +32,11 @@ class TrialRandom:
         """T."""
         return len(self._seeds)
 
+    @property
+    def device(self) -> torch.device:
+        """Where draws are put."""
+        return self._device
+
     def at(self, *names: object) -> TrialRandom:
         """Return the independent sub-streams that belong to ``names`` (any JSON values)."""
         path = json.dumps(names, separators=(",", ":")).encode()
