@@ -88,21 +88,25 @@ class RecoveryShape:
         """Return ``recovery`` with counts as int64 and inputs as float32 on the CPU.
 
         Raises:
-            InvalidOutput: Wrong type, shape, dtype, count, a NaN or an infinity.
+            InvalidOutput: Wrong type, shape, dtype, count, a NaN or an infinity; the message names the field.
         """
         if not isinstance(recovery, Recovery):
             raise InvalidOutput(f"run() must return a Recovery, got {type(recovery).__name__}")
         for name, value in recovery.tensors().items():
             if not isinstance(value, Tensor):
                 raise InvalidOutput(f"Recovery.{name}: expected a tensor, got {type(value).__name__}")
+            if value.layout != torch.strided or value.device.type == "meta":
+                raise InvalidOutput(f"Recovery.{name}: expected a dense tensor, got {value.layout} on {value.device}")
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise InvalidOutput(f"Recovery.{name}: holds NaN or infinity")
         return Recovery(
             label_counts=self._counts(recovery.label_counts) if "labels" in recovers else None,
             inputs=self._inputs(recovery.inputs) if "inputs" in recovers else None,
-            visible_loss=self._loss(recovery.visible_loss, 1),
-            visible_loss_trace=self._loss(recovery.visible_loss_trace, 2),
-            model_evaluations=recovery.model_evaluations,
+            visible_loss=self._loss("visible_loss", recovery.visible_loss, (self.trials,)),
+            visible_loss_trace=self._loss(
+                "visible_loss_trace", recovery.visible_loss_trace, (self.trials, TRACE_LIMIT)
+            ),
+            model_evaluations=_evaluations(recovery.model_evaluations),
         )
 
     def claim(self, tensors: Mapping[str, Tensor], evaluations: object, target: str) -> Recovery:
@@ -114,9 +118,9 @@ class RecoveryShape:
         fields = {"label_counts", "inputs", "visible_loss", "visible_loss_trace"}
         if not set(tensors) <= fields:
             raise InvalidOutput(f"sent {sorted(set(tensors) - fields)[0]!r}, which is no field of a Recovery")
-        if not isinstance(evaluations, int) or not 0 <= evaluations < 1 << 62:
-            raise InvalidOutput("sent no proper count of model evaluations")
-        return self.check(Recovery(**tensors, model_evaluations=evaluations), frozenset({target}))
+        if evaluations is None:
+            raise InvalidOutput("sent no count of model evaluations")
+        return self.check(Recovery(**tensors, model_evaluations=evaluations), frozenset({target}))  # type: ignore[arg-type]
 
     def _counts(self, counts: Tensor | None) -> Tensor:
         expected = f"({self.trials}, {self.clients} or 1, {self.num_classes})"
@@ -146,18 +150,31 @@ class RecoveryShape:
             raise InvalidOutput(f"Recovery.inputs: expected shape {expected}, got {shape}")
         if shape[1] > total:
             raise InvalidOutput(f"Recovery.inputs: at most {total} candidates per trial, got {shape[1]}")
-        inputs = inputs.detach().to("cpu", torch.float32)
-        if not bool(torch.isfinite(inputs).all()):
-            raise InvalidOutput("Recovery.inputs: overflows float32")
-        return inputs
+        return _float32("inputs", inputs)
 
-    def _loss(self, loss: Tensor | None, dims: int) -> Tensor | None:
+    def _loss(self, name: str, loss: Tensor | None, most: tuple[int, ...]) -> Tensor | None:
         if loss is None:
             return None
-        if loss.dim() != dims or loss.shape[0] != self.trials or (dims == 2 and loss.shape[1] > TRACE_LIMIT):
-            expected = f"({self.trials},)" if dims == 1 else f"({self.trials}, at most {TRACE_LIMIT})"
-            raise InvalidOutput(f"Recovery.visible_loss: expected shape {expected}, got {tuple(loss.shape)}")
-        return loss.detach().to("cpu", torch.float32)
+        if not loss.is_floating_point():
+            raise InvalidOutput(f"Recovery.{name}: expected a floating dtype, got {loss.dtype}")
+        shape = tuple(loss.shape)
+        if len(shape) != len(most) or shape[0] != self.trials or any(a > b for a, b in zip(shape, most, strict=True)):
+            expected = f"({self.trials},)" if len(most) == 1 else f"({self.trials}, at most {TRACE_LIMIT})"
+            raise InvalidOutput(f"Recovery.{name}: expected shape {expected}, got {shape}")
+        return _float32(name, loss)
+
+
+def _float32(name: str, values: Tensor) -> Tensor:
+    values = values.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise InvalidOutput(f"Recovery.{name}: overflows float32")
+    return values
+
+
+def _evaluations(count: object) -> int | None:
+    if count is not None and (not isinstance(count, int) or not 0 <= count < 1 << 62):
+        raise InvalidOutput(f"Recovery.model_evaluations: expected a count, got {str(count)[:40]}")
+    return count
 
 
 class Attack(Entry, ABC):
