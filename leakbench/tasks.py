@@ -29,9 +29,9 @@ LANES = (
 
 
 class Part(BaseModel):
-    """Base of every part of a task: frozen, no unknown keys, no silent coercion of strings to numbers."""
+    """Base of every part of a task: frozen, no unknown keys, finite numbers, no strings taken for numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def content(self) -> dict[str, Any]:
         """Return the JSON-able content that the hash covers."""
@@ -260,14 +260,16 @@ class Task(Part):
     def lane(self) -> str | None:
         """The board this task belongs to (DESIGN.md section 1), or None for a combination without a rank."""
         protocol, threat = self.protocol, self.threat_model
+        if self.target == "labels" and threat.labels:
+            return None
         if threat.adversary == "malicious_server":
             return "malicious_server"
         if protocol.clients > 1:
             return "aggregate" if protocol.secure_aggregation else None
         if protocol.sends != "gradient":
-            return "passive_update" if not threat.lr else None
+            return "passive_update" if protocol.local_steps > 1 and not threat.lr else None
         if self.target == "labels":
-            return None if threat.labels else "passive_labels"
+            return "passive_labels"
         if threat.labels:
             easy = self.batch.size == 1 and protocol.batch_norm == "eval"
             return "legacy_upper_bound" if easy else None
