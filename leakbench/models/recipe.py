@@ -126,7 +126,8 @@ def train(
         for step in range(1, steps + 1):
             if time.monotonic() - told > _REPORT_SECONDS:
                 told = time.monotonic()
-                _log.info("training %s on %s, run %d: step %d of %d", architecture.label, _shape(data), draw, step, steps)
+                what = f"training {architecture.label} on {_shape(data)}, run {draw}"
+                _log.info("%s: step %d of %d", what, step, steps)
             if not batches:
                 shuffled = rows[torch.randperm(len(rows), generator=order)]
                 # BatchNorm has no statistics of one example, so a last batch of one is dropped.

@@ -5,27 +5,19 @@ The runner's requests are trusted here; what goes back is checked again by the r
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import re
 import socket
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leakbench.attack import NEEDS, Attack, RecoveryShape
-from leakbench.defense import HOOKS, Defense, DefenseChain
-from leakbench.entry import Entry
-from leakbench.errors import InvalidOutput, LeakbenchError, NotGranted
+from leakbench.attack import Attack, RecoveryShape
+from leakbench.defense import DefenseChain
+from leakbench.errors import InvalidOutput, NotGranted
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client, ClientState
 from leakbench.federation.inputs import to_inputs
@@ -33,6 +25,7 @@ from leakbench.knowledge import Facts, Knowledge, Observation, Seen
 from leakbench.models.functional import Model, build_model
 from leakbench.models.recipe import train
 from leakbench.randomness import TrialRandom
+from leakbench.runner.loading import Local, describe, error_line, load_chain, load_entry
 from leakbench.runner.wire import Blob, ConnectionClosed, Message, receive, send
 from leakbench.tasks import Architecture, InputSpec, Protocol
 
@@ -40,7 +33,6 @@ NO_LIMIT = 1 << 62
 TRACEBACK_LIMIT = 4000
 
 Reply = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
-Local = Mapping[str, Entry]
 
 
 def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local: Local | None = None) -> None:
@@ -65,7 +57,7 @@ def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local
         try:
             reply: Reply = ("ready", {}, {})
             if message.kind == "describe":
-                reply = ("described", {"entries": [_describe(r) for r in message.body["entries"]]}, {})
+                reply = ("described", {"entries": [describe(r) for r in message.body["entries"]]}, {})
             else:
                 if message.kind == "build":
                     roles = {"build": partial(_build, local=local or {})}
@@ -263,141 +255,6 @@ def _facts(body: Mapping[str, Any]) -> Facts:
     )
 
 
-# --- entries ------------------------------------------------------------------------------------------------------
-
-
-def load_entry(request: Mapping[str, Any], local: Local) -> Entry:
-    """Import the entry that ``request`` names and build it with its ``params``.
-
-    Raises:
-        InvalidOutput: The file holds no such class.
-    """
-    if "local" in request:
-        return local[request["local"]]
-    cls = _find(_import(request), request)
-    entry = cls(**request.get("params", {}))
-    if not hasattr(entry, "name"):
-        cls.name, cls.version = request["name"], 1
-    return entry
-
-
-def load_chain(requests: list[Mapping[str, Any]], local: Local) -> DefenseChain:
-    """Build a chain of defenses.
-
-    Raises:
-        InvalidOutput: One of them is not a Defense.
-    """
-    parts: list[Defense] = []
-    for request in requests:
-        entry = load_entry(request, local)
-        if not isinstance(entry, Defense):
-            raise InvalidOutput(f"{entry!r} is not a Defense")
-        parts.append(entry)
-    return DefenseChain(parts)
-
-
-def _import(request: Mapping[str, Any]) -> ModuleType:
-    if request.get("module"):
-        return importlib.import_module(request["module"])
-    path = Path(request["path"])
-    spec = importlib.util.spec_from_file_location(f"leakbench_entry_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InvalidOutput(f"{path.name}: expected a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _find(module: ModuleType, request: Mapping[str, Any]) -> type[Entry]:
-    base = Attack if request["kind"] == "attack" else Defense
-    own = {
-        name: cls
-        for name, cls in vars(module).items()
-        if inspect.isclass(cls) and issubclass(cls, base) and cls is not base and cls.__module__ == module.__name__
-    }
-    wanted = request.get("class_name")
-    if wanted is not None:
-        if wanted not in own:
-            found = ", ".join(own) or "none"
-            raise InvalidOutput(f"holds no {base.__name__} called {wanted!r}; its {base.__name__} classes: {found}")
-        return own[wanted]
-    registered = [cls for cls in own.values() if "name" in vars(cls)] or list(own.values())
-    if len(registered) != 1:
-        raise InvalidOutput(
-            f"expected one registered {base.__name__} class, found {len(registered)} ({', '.join(own) or 'none'}); "
-            "mark one with @register, or name it as file.py:Class"
-        )
-    return registered[0]
-
-
-def _describe(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"ok": fields}`` or ``{"error": line}``."""
-    try:
-        cls = _find(_import(request), request)
-        name = vars(cls).get("name", request["name"])
-        if request.get("module") and name != request["name"]:
-            raise InvalidOutput(f"is registered as {name!r}, but its file is called {request['name']!r}")
-        return {"ok": describe_class(cls, request["kind"], name)}
-    except Exception as error:
-        return {"error": _line(error)}
-
-
-def describe_class(cls: type[Entry], kind: str, name: str) -> dict[str, Any]:
-    """Return the fields of `leakbench.entries.Description` that a class tells.
-
-    Raises:
-        InvalidOutput: A declaration is missing or unknown.
-    """
-    doc = inspect.getdoc(cls) or ""
-    params, required = _signature(cls)
-    described: dict[str, Any] = {
-        "kind": kind,
-        "name": name,
-        "class_name": cls.__name__,
-        "version": int(getattr(cls, "version", 1)),
-        "summary": doc.split("\n", 1)[0],
-        "reference": _reference(doc),
-        "doc": doc,
-        "params": params,
-        "required": required,
-    }
-    if issubclass(cls, Attack):
-        recovers, needs = frozenset(getattr(cls, "recovers", ())), frozenset(cls.needs)
-        if not recovers or recovers - {"labels", "inputs"}:
-            raise InvalidOutput(f"recovers: expected a set out of 'labels' and 'inputs', got {set(recovers)}")
-        if needs - NEEDS:
-            raise InvalidOutput(f"needs: {sorted(needs - NEEDS)} is unknown; known: {sorted(NEEDS)}")
-        described |= {
-            "recovers": sorted(recovers),
-            "needs": sorted(needs),
-            "reads": list(cls.reads),
-            "prepares": cls.prepare is not Attack.prepare,
-            "plants": cls.plant is not Attack.plant,
-        }
-    elif issubclass(cls, Defense):
-        described["acts_on"] = [hook for hook in HOOKS if getattr(cls, hook) is not getattr(Defense, hook)]
-        described["strength"] = list(cls.strength) if cls.strength else None
-    return described
-
-
-def _signature(cls: type[Entry]) -> tuple[dict[str, Any], list[str]]:
-    params, required = {}, []
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            raise InvalidOutput(f"{cls.__name__}.__init__: make {name!r} keyword-only (write `*,` before it)")
-        if parameter.default is parameter.empty:
-            required.append(name)
-        else:
-            params[name] = parameter.default
-    return params, required
-
-
-def _reference(doc: str) -> str:
-    found = re.search(r"^References?:\s*(.+?)(?:\n\s*\n|\Z)", doc, flags=re.MULTILINE | re.DOTALL)
-    return " ".join(found.group(1).split()) if found else ""
-
-
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -410,15 +267,7 @@ def _report(error: Exception) -> dict[str, Any]:
         hint = " (an entry may read its own file and the installed packages, and write to the working directory only)"
     return {
         "status": status,
-        "error": _line(error) + hint,
+        "error": error_line(error) + hint,
         "not_granted": isinstance(error, NotGranted),
         "traceback": traceback.format_exc()[-TRACEBACK_LIMIT:],
     }
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:500]
-    own = isinstance(error, LeakbenchError)
-    where = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where and not own else ""
-    return f"{text}{place}" if own else f"{type(error).__name__}: {text}{place}"

@@ -25,8 +25,9 @@ from leakbench.models.stages import Unavailable
 from leakbench.provenance import provenance
 from leakbench.results import prepare_out, write_job
 from leakbench.runner.artefacts import Artefact, Artefacts
+from leakbench.runner.children import Child, ChildFailed
 from leakbench.runner.grant import granted_facts, granted_names, granted_state, read_names
-from leakbench.runner.isolate import Child, ChildFailed, ChildServer, choose_level
+from leakbench.runner.isolate import ChildServer, choose_level
 from leakbench.runner.plan import Job
 from leakbench.runner.rows import Outcome, job_rows
 from leakbench.runner.scene import Built, Kept, Scenes, Weights

@@ -10,29 +10,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from leakbench.errors import LeakbenchError, UserError
+from leakbench.errors import UserError
 from leakbench.runner import harden
 from leakbench.runner.bubblewrap import JOBS, bubblewrap_command, bubblewrap_works
-from leakbench.runner.wire import Blob, ConnectionClosed, Message, receive, send
+from leakbench.runner.children import Child, ChildFailed, Exit
 
 Level = Literal["none", "process", "bwrap"]
 
-OUTPUT_LIMIT = 16 * 1024
-"""Bytes of a child's printed output that are kept; the rest is read and dropped."""
 START_SECONDS = 120.0
 
 # Reused heap instead of fresh pages: a page fault costs 14x a copy (research/engine.md, B).
@@ -41,34 +36,6 @@ _ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "268435456",
 }
-
-
-class ChildFailed(LeakbenchError):
-    """A child did not give an answer.
-
-    Args:
-        status: ``error``, ``timeout``, ``oom`` or ``invalid``.
-        text: One line.
-        output: What the child printed.
-    """
-
-    def __init__(self, status: str, text: str, output: str = "") -> None:
-        super().__init__(text)
-        self.status = status
-        self.output = output
-
-
-@dataclass
-class Exit:
-    """How a child ended.
-
-    Args:
-        status: Exit code, or minus the signal.
-        rss: Peak resident memory, bytes.
-    """
-
-    status: int
-    rss: int
 
 
 def choose_level(requested: str) -> Level:
@@ -282,142 +249,6 @@ class ChildServer:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no message"
-
-
-@dataclass
-class Child:
-    """One forked child, spoken to by requests and answers.
-
-    Args:
-        server: Where it was forked.
-        job: Its number there.
-        sock: Our end of the connection.
-        pipe: Our end of its stdout and stderr, None at level ``none``.
-    """
-
-    server: ChildServer
-    job: int
-    sock: socket.socket
-    pipe: int | None
-    output: str = ""
-    detail: dict[str, Any] = field(default_factory=dict)
-    peak_memory: int | None = None
-    _printed: int = 0
-    _end: Exit | None = None
-
-    def ask(
-        self,
-        kind: str,
-        body: Mapping[str, Any],
-        blobs: Mapping[str, Blob] | None = None,
-        *,
-        expect: str,
-        seconds: float,
-        limit: int = 1 << 20,
-        on_progress: Callable[[dict[str, Any]], None] | None = None,
-    ) -> Message:
-        """Send a request and wait for its answer.
-
-        Args:
-            kind: Kind of the request.
-            body: Its JSON.
-            blobs: Its tensors.
-            expect: Kind of the answer.
-            seconds: Time it may take.
-            limit: Most bytes of each blob of the answer.
-            on_progress: Receives the child's progress reports.
-
-        Raises:
-            ChildFailed: It died, took too long, reported an error or answered nonsense.
-        """
-        deadline = time.monotonic() + seconds
-        try:
-            send(self.sock, kind, body, blobs)
-            while True:
-                message = self._receive(deadline, limit, seconds)
-                if message.kind == expect:
-                    return message
-                if message.kind == "hello":
-                    self.detail = message.body
-                elif message.kind == "progress":
-                    if on_progress is not None:
-                        on_progress(message.body)
-                elif message.kind == "error":
-                    status = str(message.body.get("status"))
-                    known = status if status in ("error", "oom", "invalid") else "error"
-                    raise ChildFailed(known, str(message.body.get("error"))[:1000], self.printed(message.body))
-                elif message.kind != "ready":
-                    raise ChildFailed("invalid", f"answered {message.kind[:40]!r} where {expect!r} was expected")
-        except ConnectionClosed:
-            raise self._died() from None
-        except ChildFailed:
-            raise
-        except LeakbenchError as error:
-            raise ChildFailed("invalid", str(error), self.output) from None
-
-    def _receive(self, deadline: float, limit: int, seconds: float) -> Message:
-        """Wait for one message while draining what the child prints, so that a full pipe cannot stall it."""
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise ChildFailed("timeout", f"took longer than {seconds:.0f} s", self.output)
-            watched = [self.sock.fileno()] + ([self.pipe] if self.pipe is not None else [])
-            ready, _, _ = select.select(watched, [], [], min(left, 1.0))
-            if self.pipe in ready:
-                self._drain()
-            if self.sock.fileno() in ready:
-                return receive(self.sock, limit=limit)
-
-    def _drain(self) -> None:
-        if self.pipe is None:
-            return
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(64):
-                chunk = os.read(self.pipe, 65536)
-                if not chunk:
-                    os.close(self.pipe)
-                    self.pipe = None
-                    return
-                room = max(0, OUTPUT_LIMIT - self._printed)
-                self.output += chunk[:room].decode(errors="replace")
-                self._printed += len(chunk)
-
-    def printed(self, body: Mapping[str, Any] | None = None) -> str:
-        """Return what the child printed and, after an error, its traceback; untrusted text."""
-        self._drain()
-        return self.output + str((body or {}).get("traceback", ""))
-
-    def _died(self) -> ChildFailed:
-        self._drain()
-        self._end = end = self.server.exit_of(self.job)
-        self.peak_memory = end.rss if end else None
-        last = self.output.strip().splitlines()
-        said = f"; it last said: {last[-1][:300]}" if last else ""
-        if end is not None and end.status == -9:
-            # Nobody here sent this signal: timeouts are reported before the child is killed.
-            return ChildFailed("oom", f"was killed by the system, most likely out of memory{said}", self.output)
-        how = "died" if end is None else f"died by signal {-end.status}" if end.status < 0 else f"exited ({end.status})"
-        return ChildFailed("error", f"{how} without an answer{said}", self.output)
-
-    def close(self) -> Exit | None:
-        """End the child and return how it ended; a second call does nothing."""
-        if self.sock.fileno() < 0:
-            return None
-        self.server.kill(self.job)
-        self.sock.close()
-        if self.pipe is not None:
-            os.close(self.pipe)
-            self.pipe = None
-        self._end = self._end or self.server.exit_of(self.job)
-        if self._end is not None and self._end.rss:
-            self.peak_memory = self._end.rss
-        return self._end
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def describe_entries(
