@@ -22,6 +22,8 @@ KINDS = ("attacks", "defenses", "datasets", "architectures", "suites", "metrics"
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 a job failed, 2 a mistake of the user, 130 interrupted."""
+    # Hugging Face logs what leakbench's own one-line errors say already.
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     try:
         sys.exit(cli.main(args=argv, prog_name="leakbench", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -322,22 +322,29 @@ def test_a_label_shows_the_swept_parameter_and_what_differs_from_the_default():
 # --- the real child ---------------------------------------------------------------------------------------------------
 
 
-def test_a_real_child_describes_a_baseline_and_a_broken_file(tmp_path, monkeypatch):
+def test_a_real_child_describes_what_is_an_entry_and_says_what_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("LEAKBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(entries, "_described", {})
-    bad = tmp_path / "bad.py"
-    bad.write_text("import nothing_of_that_name\n")
-    noisy = tmp_path / "noisy.py"
-    noisy.write_text("import sys\nsys.stdout.write('x' * 5_000_000)\nraise ValueError('first\\nsecond')\n")
-    refs = ["llg", str(bad), str(noisy)]
-    llg, broken, loud = entries.try_describe([find_source("attack", ref) for ref in refs])
+    shield = "from leakbench import Defense\n\nclass Shield(Defense):\n    pass\n"
+    bad = {
+        "missing.py": ("import nothing_of_that_name\n", "nothing_of_that_name"),
+        "loud.py": ("print('x' * 5_000_000)\nraise ValueError('first\\nsecond')\n", "ValueError"),
+        "typo.py": ("def :\n", "SyntaxError"),
+        "empty.py": ("x = 1\n", "Attack"),
+        "shield.py": (shield, "Attack"),
+        "shield.py:Gone": (shield, "Gone"),
+    }
+    for name, (text, _) in bad.items():
+        (tmp_path / name.split(":")[0]).write_text(text)
+    refs = ["llg", *(str(tmp_path / name) for name in bad)]
+    llg, *errors = entries.try_describe([find_source("attack", ref) for ref in refs])
     assert isinstance(llg, Description)
     assert llg.recovers == ("labels",)
     assert llg.reference
-    assert isinstance(broken, UserError)
-    assert "nothing_of_that_name" in str(broken)
-    assert str(bad) in str(broken)
-    assert isinstance(loud, UserError)
-    assert "ValueError" in str(loud)
-    assert "\n" not in str(loud)
-    assert len(str(loud)) < 1000
+    for (name, (_, message)), error in zip(bad.items(), errors, strict=True):
+        assert isinstance(error, UserError), name
+        text = str(error)
+        assert message in text
+        assert str(tmp_path / name.split(":")[0]) in text
+        assert "\n" not in text
+        assert len(text) < 1000
