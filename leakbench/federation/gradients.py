@@ -73,7 +73,7 @@ def per_trial_gradients(
         out = {n: v[part] for n, v in result.items()}
         arguments = (model.trials(first, first + size), inputs[part], labels[part], wanted, reduction, create_graph)
         if model.head_is_last and head.issuperset(wanted):
-            gradients = _of_head(*arguments, batch_norm)
+            gradients = _of_head(*arguments, batch_norm, out)
         elif not train and can_tap(model, wanted):
             gradients = _tapped(*arguments, out)
         else:
@@ -153,6 +153,7 @@ def _of_head(
     reduction: Reduction,
     create_graph: bool,
     batch_norm: BatchNormMode,
+    out: Mapping[str, Tensor],
 ) -> Gradients:
     """Closed form for the last layer: no backward pass at all."""
     with torch.set_grad_enabled(create_graph):
@@ -162,7 +163,9 @@ def _of_head(
         if reduction == "mean":
             at_logits = at_logits / inputs.shape[1]
         tensors = {
-            n: at_logits.sum(1) if n.endswith(".bias") else torch.bmm(at_logits.transpose(1, 2), features)
+            n: at_logits.sum(1)
+            if n.endswith(".bias")
+            else torch.bmm(at_logits.transpose(1, 2), features, out=out.get(n))
             for n in names
         }
         return Gradients(tensors, _loss(logits, labels, reduction), buffers)

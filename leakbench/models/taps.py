@@ -45,7 +45,8 @@ def tapped_gradients(
         loss: Logits (T, B, C) to losses (T,).
         names: Wanted parameters, at least one.
         create_graph: Whether the result can be differentiated with respect to inputs and labels.
-        out: Contiguous tensors by parameter name that may be written to and returned, which spares copies.
+        out: Contiguous tensors by parameter name that may be written to and returned, which spares copies; not with
+            ``create_graph``.
     """
     trials = inputs.shape[0]
     # The weights are frozen: the backward pass stops at the first tap and computes no summed weight gradients.
@@ -79,8 +80,7 @@ def tapped_gradients(
             if name.endswith(".bias"):
                 gradients[name] = d.flatten(3).sum(3).sum(1) if d.dim() > 3 else d.sum(1)
             elif isinstance(module := model.module.get_submodule(layer), nn.Linear):
-                target = None if out is None or create_graph else out[name]
-                gradients[name] = torch.bmm(d.transpose(1, 2), x, out=target)
+                gradients[name] = torch.bmm(d.transpose(1, 2), x, out=(out or {}).get(name))
             elif isinstance(module, nn.Conv2d):
                 gradients[name] = _convolution(module, x, d)
             else:
