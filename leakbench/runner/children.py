@@ -68,6 +68,7 @@ class Child:
     detail: dict[str, Any] = field(default_factory=dict)
     peak_memory: int | None = None
     _printed: int = 0
+    _greeted: bool = False
     _end: Exit | None = None
 
     def ask(
@@ -102,8 +103,9 @@ class Child:
                 message = self._receive(deadline, limit, seconds)
                 if message.kind == expect:
                     return message
-                if message.kind == "hello":
-                    self.detail = message.body
+                if message.kind == "hello" and not self._greeted:
+                    # Sent before any entry was imported; a later one would be the entry's.
+                    self.detail, self._greeted = message.body, True
                 elif message.kind == "progress":
                     if on_progress is not None:
                         on_progress(message.body)

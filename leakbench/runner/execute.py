@@ -7,8 +7,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -202,6 +202,8 @@ class Runner:
             outcome.fail("unavailable", str(error))
         except ChildFailed as error:
             outcome.fail(error.status, str(error))
+        except InvalidOutput as error:
+            outcome.fail("invalid", str(error))
         rows = job_rows(job, outcome, self._scenes, victims, weights, self._columns(outcome))
         path = write_job(self._out, job.id, self._season.name, rows)
         statuses = dict(Counter(row["status"] for row in rows))
@@ -245,7 +247,8 @@ class Runner:
                 who="defense.model",
             )
             info = {"seconds": time.perf_counter() - begun, "head": str(message.body.get("head"))}
-            tensors = message.tensors("model")
+            with _blaming("defense.model"):
+                tensors = message.tensors("model")
         if f"parameter/{info['head']}.weight" not in tensors:
             raise ChildFailed("invalid", "defense.model: the changed architecture has no last linear layer")
         return Artefact(tensors, info)
@@ -268,8 +271,6 @@ class Runner:
             except ChildFailed as error:
                 outcome.fail(error.status, str(error))
                 run.output += error.output
-            except InvalidOutput as error:
-                outcome.fail("invalid", str(error))
             return run.output
 
     def _exchange(self, run: _Run) -> None:
@@ -332,13 +333,14 @@ class Runner:
         run.outcome.isolation = client.detail
         state = {**run.weights.parameters, **run.weights.buffers}
         expected = {name: (len(run.job.trials), *state[name].shape[1:]) for name in run.names}
-        tensors = message.tensors("update")
-        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if got != expected:
-            raise InvalidOutput(f"client: sent tensors {_brief(got)}, expected {_brief(expected)}")
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise InvalidOutput(f"client: the update's {name!r} holds NaN or infinity")
+        with _blaming("client"):
+            tensors = message.tensors("update")
+            got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            if got != expected:
+                raise InvalidOutput(f"sent tensors {_brief(got)}, expected {_brief(expected)}")
+            for name, tensor in tensors.items():
+                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                    raise InvalidOutput(f"the update's {name!r} is not finite")
         return message.blobs["update"]
 
     def _attack_child(self, run: _Run, prepared: Mapping[str, Blob], purpose: str) -> Child:
@@ -404,7 +406,8 @@ class Runner:
                 who="attack.prepare",
             )
             info = {"seconds": time.perf_counter() - begun}
-            tensors = message.tensors("prepared")
+            with _blaming("attack.prepare"):
+                tensors = message.tensors("prepared")
             child.close()
             return Artefact(tensors, info)
 
@@ -438,12 +441,13 @@ class Runner:
             who="attack.plant",
         )
         leading = {1, run.job.task.protocol.clients} if threat.per_client else {1}
-        for name, tensor in message.tensors("planted").items():
-            if name not in parameters or tensor.shape[1:] != parameters[name].shape[1:]:
-                raise InvalidOutput(f"attack.plant: {name!r} with shape {tuple(tensor.shape)} is no model parameter")
-            if tensor.shape[0] not in leading or not bool(torch.isfinite(tensor).all()):
-                raise InvalidOutput(f"attack.plant: {name!r} must be finite with a leading dimension in {leading}")
-        return message.blobs["planted"]
+        with _blaming("attack.plant"):
+            for name, tensor in message.tensors("planted").items():
+                if name not in parameters or tensor.shape[1:] != parameters[name].shape[1:]:
+                    raise InvalidOutput(f"{name!r} with shape {tuple(tensor.shape)} is no model parameter")
+                if tensor.shape[0] not in leading or not bool(torch.isfinite(tensor).all()):
+                    raise InvalidOutput(f"{name!r} must be finite with a leading dimension in {leading}")
+            return message.blobs["planted"]
 
     def _recover(self, run: _Run, attack: Child, updates: list[Blob]) -> None:
         job, task = run.job, run.job.task
@@ -469,9 +473,10 @@ class Runner:
             num_classes=data.num_classes,
             input_shape=data.input_spec.shape,
         )
-        run.outcome.recovery = shape.claim(
-            message.tensors("recovery"), message.body.get("model_evaluations"), task.target
-        )
+        with _blaming("attack"):
+            run.outcome.recovery = shape.claim(
+                message.tensors("recovery"), message.body.get("model_evaluations"), task.target
+            )
         attack.close()
         run.outcome.peak_memory = attack.peak_memory
 
@@ -526,6 +531,14 @@ class Runner:
         inputs = protocol.clients * run.job.task.inputs_per_client
         numbers = protocol.clients * data.num_classes + inputs * data.images[0].size + 256
         return 8 * len(run.job.trials) * int(numbers) + SLACK_BYTES
+
+
+@contextmanager
+def _blaming(who: str) -> Iterator[None]:
+    try:
+        yield
+    except InvalidOutput as error:
+        raise InvalidOutput(f"{who}: {error}") from None
 
 
 def _checked_device(device: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Mapping
 from types import TracebackType
@@ -140,7 +139,8 @@ def describe_report(values: Mapping[str, Any]) -> str:
 
     def number(key: str) -> float | None:
         value = values.get(key)
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
+        # An integer may have hundreds of digits, more than a float can hold.
+        return value if isinstance(value, int | float) and abs(value) < 1e15 else None
 
     done, total, loss = number("done"), number("total"), number("loss")
     step = f" step {done:.0f}/{total:.0f}" if done is not None and total is not None else ""

@@ -22,6 +22,9 @@ from leakbench.results import blank_row, task_columns
 from leakbench.runner.plan import Job
 from leakbench.runner.scene import Scenes, Weights, pixels
 
+ERROR_LIMIT = 1000
+"""Most characters of an error."""
+
 
 @dataclass
 class Outcome:
@@ -50,8 +53,9 @@ class Outcome:
     update_bytes: int = 0
 
     def fail(self, status: str, error: str) -> None:
-        """Note why there is no recovery."""
-        self.status, self.error, self.recovery = status, error, None
+        """Note why there is no recovery; the text may come from an entry and becomes one short printable line."""
+        line = " ".join("".join(c if c.isprintable() else " " for c in error).split())
+        self.status, self.error, self.recovery = status, line[:ERROR_LIMIT], None
 
 
 def job_rows(

@@ -130,6 +130,9 @@ class Blob:
             raise InvalidOutput(f"sent tensors that cannot be read: {error}") from None
         if metadata:
             raise InvalidOutput("sent tensors with metadata, which would cross the boundary unseen")
+        odd = [tensor.dtype for tensor in tensors.values() if tensor.dtype not in _DTYPES]
+        if odd:
+            raise InvalidOutput(f"sent tensors of {odd[0]}, which nothing here computes with")
         return tensors
 
     def close(self) -> None:
