@@ -314,18 +314,25 @@ def test_without_a_state_every_update_starts_afresh():
 # --- differentiable ---------------------------------------------------------------------------------------------------
 
 
+SEVERAL_STEPS = pytest.param(
+    "delta", 2, 1, marks=pytest.mark.xfail(reason="gradients forget that weights depend on the inputs", strict=True)
+)
+
+
 @pytest.mark.parametrize("part", [None, Halve, HalveEach, Smooth])
-@pytest.mark.parametrize(("sends", "steps", "draws"), [("gradient", 1, 1), ("gradient", 1, 2), ("delta", 1, 1)])
+@pytest.mark.parametrize(
+    ("sends", "steps", "draws"), [("gradient", 1, 1), ("gradient", 1, 2), ("delta", 1, 1), SEVERAL_STEPS]
+)
 def test_a_differentiable_update_has_the_derivative_of_finite_differences(sends, steps, draws, part):
-    protocol = Protocol(sends=sends, local_steps=steps, momentum=0.5 if steps > 1 else 0.0)
-    model, inputs, labels, protocol = setting(protocol, "lenet_sigmoid", draws, trials=2)
+    protocol = Protocol(sends=sends, local_steps=steps, lr=0.5, momentum=0.5)
+    model, inputs, labels, protocol = setting(protocol, draws=draws, trials=2)
     parts = [] if part is None else [part()]
 
     def sent(values):
         update = send(model, values, labels, protocol, *parts, create_graph=True)
-        return torch.cat([update["fc.weight"].flatten(1), update["body.conv0.bias"].flatten(1)], 1)[:, ::7]
+        return torch.cat([value.flatten(1) for value in update.values()], 1)[:, ::7]
 
-    assert torch.autograd.gradcheck(sent, inputs.requires_grad_(), fast_mode=True)
+    assert torch.autograd.gradcheck(sent, inputs.requires_grad_(), atol=1e-7, rtol=1e-5)
 
 
 def test_an_update_is_not_differentiable_unless_asked_for():
