@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -27,9 +30,6 @@ from leakbench.tasks import Part, content_hash
 
 Value = int | float | str | bool | None
 """What a parameter of an entry may be."""
-
-DESCRIBE_FORMAT = 1
-"""Raised when `Description` or the way it is made changes; part of the cache key."""
 
 NO_DEFENSE = "none"
 """The expression of the empty chain of defenses."""
@@ -254,8 +254,15 @@ def _checked(source: EntrySource, answer: Mapping[str, Any]) -> Description | Us
     return description
 
 
+@cache
+def _describer() -> list[str]:
+    """Return what decides how an entry is described, besides its source: leakbench's version and the code that asks."""
+    code = Path(__file__).with_name("runner") / "loading.py"
+    return [importlib.metadata.version("leakbench"), hashlib.sha256(code.read_bytes()).hexdigest()]
+
+
 def _cache_path(source: EntrySource) -> Path:
-    key = [DESCRIBE_FORMAT, source.kind, source.module, source.class_name, source.sha256]
+    key = [*_describer(), source.kind, source.module, source.class_name, source.sha256]
     return cache_dir() / "describe" / f"{content_hash(key)}.json"
 
 

@@ -31,6 +31,7 @@ NUMBER_MOVING = (
     "runner/child.py",
     "runner/execute.py",
     "runner/grant.py",
+    "runner/loading.py",
     "runner/rows.py",
     "runner/scene.py",
     "runner/wire.py",
