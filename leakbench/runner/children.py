@@ -21,6 +21,15 @@ OUTPUT_LIMIT = 16 * 1024
 """Bytes of a child's printed output that are kept; the rest is read and dropped."""
 
 
+TEXT_LIMIT = 1000
+"""Most characters of an error that is shown or stored."""
+
+
+def one_line(text: object) -> str:
+    """Return what an entry said as one short printable line: no half characters, escape codes or line breaks."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:TEXT_LIMIT]
+
+
 class ChildFailed(LeakbenchError):
     """A child did not give an answer.
 
@@ -31,7 +40,7 @@ class ChildFailed(LeakbenchError):
     """
 
     def __init__(self, status: str, text: str, output: str = "") -> None:
-        super().__init__(text)
+        super().__init__(one_line(text))
         self.status = status
         self.output = output
 
@@ -112,7 +121,7 @@ class Child:
                 elif message.kind == "error":
                     status = str(message.body.get("status"))
                     known = status if status in ("error", "oom", "invalid") else "error"
-                    raise ChildFailed(known, str(message.body.get("error"))[:1000], self.printed(message.body))
+                    raise ChildFailed(known, str(message.body.get("error")), self.printed(message.body))
                 elif message.kind != "ready":
                     raise ChildFailed("invalid", f"answered {message.kind[:40]!r} where {expect!r} was expected")
         except ConnectionClosed:

@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 from leakbench.errors import UserError
 from leakbench.runner import harden
 from leakbench.runner.bubblewrap import JOBS, bubblewrap_command, bubblewrap_works
-from leakbench.runner.children import Child, ChildFailed, Exit
+from leakbench.runner.children import Child, ChildFailed, Exit, one_line
 
 Level = Literal["none", "process", "bwrap"]
 
@@ -268,7 +268,11 @@ def describe_entries(
             with server.spawn(memory=4 << 30, file_size=1 << 20) as child:
                 try:
                     body = {"entries": [dict(request)]}
-                    answers += child.ask("describe", body, expect="described", seconds=seconds).body["entries"]
+                    told = child.ask("describe", body, expect="described", seconds=seconds).body.get("entries")
+                    answer = told[0] if isinstance(told, list) and len(told) == 1 else None
+                    if not isinstance(answer, dict):
+                        answer = {"error": "answered nonsense when asked to describe itself"}
+                    answers.append({"error": one_line(answer["error"])} if "error" in answer else answer)
                 except ChildFailed as error:
                     answers.append({"error": f"{error}"})
     return answers

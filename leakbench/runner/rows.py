@@ -19,11 +19,9 @@ from leakbench.metrics import METRICS
 from leakbench.metrics.images import score_images
 from leakbench.metrics.labels import score_labels
 from leakbench.results import blank_row, task_columns
+from leakbench.runner.children import one_line
 from leakbench.runner.plan import Job
 from leakbench.runner.scene import Scenes, Weights, pixels
-
-ERROR_LIMIT = 1000
-"""Most characters of an error."""
 
 
 @dataclass
@@ -53,9 +51,8 @@ class Outcome:
     update_bytes: int = 0
 
     def fail(self, status: str, error: str) -> None:
-        """Note why there is no recovery; the text may come from an entry and becomes one short printable line."""
-        line = " ".join("".join(c if c.isprintable() else " " for c in error).split())
-        self.status, self.error, self.recovery = status, line[:ERROR_LIMIT], None
+        """Note why there is no recovery; the text may come from an entry."""
+        self.status, self.error, self.recovery = status, one_line(error), None
 
 
 def job_rows(

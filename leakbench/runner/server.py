@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,6 +94,7 @@ def main(fd: int, folder: Path) -> None:
     finally:
         for pid in jobs:
             _kill(pid)
+        _end_descendants()
 
 
 def _become_child(request: dict[str, Any], place: Path, channel: int, output: int) -> NoReturn:
@@ -141,12 +143,25 @@ def _reap(sock: socket.socket, jobs: dict[int, int], folder: Path) -> None:
             shutil.rmtree(folder / str(job), ignore_errors=True)
             _tell(sock, {"exited": job, "status": os.waitstatus_to_exitcode(status), "rss": usage.ru_maxrss * 1024})
     # A daemonised grandchild ends up here: children of the server that are nobody's job.
-    try:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    except OSError:
-        return
-    for orphan in set(map(int, children)) - set(jobs):
+    for orphan in _children() - set(jobs):
         _kill(orphan)
+
+
+def _end_descendants(seconds: float = 2.0) -> None:
+    """End what jobs left behind, generation by generation: the death of one hands its children to this process."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            for pid in _children():
+                _kill(pid)
+            os.wait4(-1, 0)
+
+
+def _children() -> set[int]:
+    try:
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+    except OSError:
+        return set()
 
 
 def _kill_group(leader: int) -> None:
