@@ -13,6 +13,7 @@ from leakbench.defense import DefenseChain
 from leakbench.errors import NotGranted
 from leakbench.federation.client import Client, batch_order
 from leakbench.federation.gradients import per_trial_gradients
+from leakbench.federation.statistics import is_running_statistic
 from leakbench.models.functional import Model
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import InputSpec, Protocol
@@ -159,6 +160,12 @@ class Knowledge:
         return self._grant("weights", self._model)
 
     @property
+    def bn_statistics(self) -> Mapping[str, Tensor]:
+        """Running means and variances (M, channels) of the model's BatchNorm layers, by buffer name."""
+        self._grant("bn_statistics", True)
+        return {name: value for name, value in self.model.buffers.items() if is_running_statistic(name)}
+
+    @property
     def auxiliary(self) -> tuple[Tensor, Tensor]:
         """Inputs (n, *input_shape) and labels (n,) that the attacker owns."""
         return self._grant("auxiliary", self._auxiliary)
@@ -246,12 +253,14 @@ class Seen:
         labels: (T, K, N) private labels in batch order, where granted.
         order: (T, K, local_steps, B) batch order, where granted and not that of the examples themselves.
         prepared: What `Attack.prepare` returned.
+        statistics: (T, channels) BatchNorm statistics of the last round, where the grant goes beyond the server's own.
     """
 
     updates: Sequence[Mapping[str, Tensor]]
     labels: Tensor | None = None
     order: Tensor | None = None
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Observation(Knowledge):
@@ -275,6 +284,15 @@ class Observation(Knowledge):
     def prepared(self) -> Mapping[str, Tensor]:
         """What `Attack.prepare` returned."""
         return self._seen.prepared
+
+    @property
+    def bn_statistics(self) -> Mapping[str, Tensor]:
+        """BatchNorm means and variances (M or T, channels) by buffer name; which ones, the threat model says.
+
+        ``running``: what the model that was sent out holds; ``updated_running``: what the client's local steps made of
+        it; ``exact_batch``: mean and unbiased variance of the client's first batch. Of an aggregate: the mean.
+        """
+        return self._seen.statistics or super().bn_statistics
 
     @property
     def labels(self) -> Tensor:

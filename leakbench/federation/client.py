@@ -21,9 +21,11 @@ class ClientState:
 
     Args:
         defense: State of every defense part, by (name, occurrence).
+        buffers: (T, *shape) buffers as the last update's local steps left them.
     """
 
     defense: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ class Client:
                 trained = self._descend(trained, grads, velocity)
         update = grads if single else self._difference(model, trained)
         update = self.defense.tensors("update", update, replace(ctx, model=trained))
+        state.buffers = {name: v.expand(labels.shape[0], *v.shape[1:]) for name, v in trained.buffers.items()}
         if protocol.send_buffers:
-            buffers = {name: v.expand(labels.shape[0], *v.shape[1:]) for name, v in trained.buffers.items()}
-            update = {**update, **buffers}
+            update = {**update, **state.buffers}
         return update if names is None else {name: v for name, v in update.items() if name in names}
 
     def _gradient(

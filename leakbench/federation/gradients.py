@@ -65,8 +65,9 @@ def per_trial_gradients(
     train = batch_norm == "train" and model.has_batch_norm
     head = {f"{model.head}.weight", f"{model.head}.bias"}
     trials = inputs.shape[0]
-    # Written to chunk by chunk: fresh memory per chunk costs more than the arithmetic on small nets.
-    result = {n: inputs.new_empty(trials, *model.parameters[n].shape[1:]) for n in wanted} if not create_graph else {}
+    # Several chunks write into one result: joining them afterwards would cost more than the arithmetic of small nets.
+    joined = () if create_graph or trials <= size else wanted
+    result = {n: inputs.new_empty(trials, *model.parameters[n].shape[1:]) for n in joined}
     parts: list[Gradients] = []
     for first in range(0, trials, size):
         part = slice(first, first + size)
@@ -81,7 +82,9 @@ def per_trial_gradients(
         for n, v in out.items():
             if gradients.tensors[n] is not v:
                 v.copy_(gradients.tensors[n])
-        parts.append(gradients if create_graph else Gradients({}, gradients.losses, gradients.buffers))
+        parts.append(Gradients({}, gradients.losses, gradients.buffers) if joined else gradients)
+    if len(parts) == 1:
+        return parts[0]
     return Gradients(
         result or {n: torch.cat([p.tensors[n] for p in parts]) for n in wanted},
         torch.cat([p.losses for p in parts]),

@@ -21,6 +21,7 @@ from leakbench.errors import InvalidOutput, NotGranted
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client, ClientState
 from leakbench.federation.inputs import to_inputs
+from leakbench.federation.statistics import batch_statistics, is_running_statistic
 from leakbench.knowledge import Facts, Knowledge, Observation, Seen
 from leakbench.models.functional import Model, build_model
 from leakbench.models.recipe import train
@@ -30,6 +31,8 @@ from leakbench.runner.wire import Blob, ConnectionClosed, Message, receive, send
 from leakbench.tasks import Architecture, InputSpec, Protocol
 
 NO_LIMIT = 1 << 62
+STATISTICS = "statistics/"
+"""Leads the names of granted BatchNorm statistics among an update's tensors."""
 TRACEBACK_LIMIT = 4000
 
 Reply = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
@@ -84,7 +87,8 @@ class ClientRole:
     """The clients of one block: holds victims, model and defense, returns one update per round.
 
     The request's body holds ``protocol``, ``batch_size``, ``input_spec``, ``normalise``, ``num_classes``,
-    ``architecture``, ``defense`` (entry requests), ``names`` (tensors to send, or null) and ``device``; its blobs are
+    ``architecture``, ``defense`` (entry requests), ``names`` (tensors to send, or null), ``bn_statistics`` (which to
+    add to the update, its tensors' names led by `STATISTICS`) and ``device``; its blobs are
     ``model``, ``victims`` (uint8 images (T, K, N, *shape), labels (T, K, N)), ``seeds`` and optionally ``order``.
     """
 
@@ -102,6 +106,7 @@ class ClientRole:
         self.labels = victims["labels"].to(self.device)
         self.random = TrialRandom(message.tensors("seeds")["seeds"], device=self.device)
         self.order = message.tensors("order").get("order")
+        self.bn_statistics = body["bn_statistics"]
         self.names = None if body["names"] is None else frozenset(body["names"])
         self.states = [ClientState() for _ in range(self.protocol.clients)]
         self.client = Client(self.protocol, body["batch_size"], self.chain)
@@ -112,8 +117,9 @@ class ClientRole:
         total = StreamedSum(self.protocol.clients)
         for k in range(self.protocol.clients):
             own = {name: tensor[k : k + 1] if len(tensor) > 1 else tensor for name, tensor in planted.items()}
+            model = self.model.with_state(parameters=own) if own else self.model
             update = self.client.update(
-                self.model.with_state(parameters=own) if own else self.model,
+                model,
                 self.inputs[:, k],
                 self.labels[:, k],
                 random=self.random,
@@ -123,10 +129,19 @@ class ClientRole:
                 round_index=message.body["round"],
                 client=k,
             )
+            update |= {f"{STATISTICS}{n}": v for n, v in self._statistics(model, k).items()}
             total.add({name: tensor.detach() for name, tensor in update.items()})
         trials = self.labels.shape[0]
         sent = {n: v.expand(trials, *v.shape[1:]).to("cpu") for n, v in total.mean().items()}
         return "update", {}, {"update": sent}
+
+    def _statistics(self, model: Model, client: int) -> dict[str, Tensor]:
+        """Return the BatchNorm statistics of one client that the threat model grants beyond the server's own."""
+        if self.bn_statistics == "exact_batch":
+            return batch_statistics(model, self.inputs[:, client, : self.client.batch_size])
+        if self.bn_statistics == "updated_running":
+            return {n: v for n, v in self.states[client].buffers.items() if is_running_statistic(n)}
+        return {}
 
 
 class AttackRole:
@@ -184,7 +199,11 @@ class AttackRole:
 
     def run(self, message: Message) -> Reply:
         """Run `Attack.run` and check what it returns."""
-        seen = Seen(self._updates(message), _to(self.labels, self.device), _to(self.order, self.device), self.prepared)
+        updates = self._updates(message)
+        statistics = {
+            name.removeprefix(STATISTICS): updates[-1].pop(name) for name in list(updates[-1]) if STATISTICS in name
+        }
+        seen = Seen(updates, _to(self.labels, self.device), _to(self.order, self.device), self.prepared, statistics)
         observation = Observation(seen, **self.knowledge)
         recovery = self.shape.check(self.attack.run(observation), type(self.attack).recovers)
         evaluations = recovery.model_evaluations

@@ -20,11 +20,13 @@ from leakbench.attack import RecoveryShape
 from leakbench.data import Victims
 from leakbench.entries import EntrySpec
 from leakbench.errors import InvalidOutput, UserError
+from leakbench.federation.statistics import is_running_statistic
 from leakbench.keys import Season
 from leakbench.models.stages import Unavailable
 from leakbench.provenance import provenance
 from leakbench.results import prepare_out, write_job
 from leakbench.runner.artefacts import Artefact, Artefacts
+from leakbench.runner.child import STATISTICS
 from leakbench.runner.children import Child, ChildFailed
 from leakbench.runner.grant import granted_facts, granted_names, granted_state, read_names
 from leakbench.runner.isolate import ChildServer, choose_level
@@ -291,7 +293,8 @@ class Runner:
 
     def _client_child(self, run: _Run) -> Child:
         job, task, data = run.job, run.job.task, self._scenes.dataset(run.job.task)
-        run.outcome.update_bytes = 8 * run.weights.numel(run.names) * len(job.trials) + SLACK_BYTES
+        numbers = run.weights.numel([*run.names, *run.weights.buffers])
+        run.outcome.update_bytes = 8 * numbers * len(job.trials) + SLACK_BYTES
         child = run.stack.enter_context(self._spawn(job, run.outcome.update_bytes))
         blobs = {
             "model": run.weights.blob,
@@ -311,6 +314,7 @@ class Runner:
             "architecture": task.architecture.model_dump_json(),
             "defense": [self._request(part) for part in job.defense],
             "names": run.names,
+            "bn_statistics": task.threat_model.bn_statistics,
             "device": self._device,
         }
         self._ask(child, "client", body, blobs, expect="ready", seconds=self._client_seconds(job), who="client")
@@ -332,7 +336,11 @@ class Runner:
         run.outcome.client_seconds += time.perf_counter() - begun
         run.outcome.isolation = client.detail
         state = {**run.weights.parameters, **run.weights.buffers}
-        expected = {name: (len(run.job.trials), *state[name].shape[1:]) for name in run.names}
+        trials = len(run.job.trials)
+        expected = {name: (trials, *state[name].shape[1:]) for name in run.names}
+        if run.job.task.threat_model.bn_statistics in ("updated_running", "exact_batch"):
+            running = {name: value for name, value in run.weights.buffers.items() if is_running_statistic(name)}
+            expected |= {f"{STATISTICS}{name}": (trials, *value.shape[1:]) for name, value in running.items()}
         with _blaming("client"):
             tensors = message.tensors("update")
             got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

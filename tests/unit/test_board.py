@@ -42,7 +42,9 @@ def make(values, attack="llg", *, task=LABELS, reference=0.2, statuses=None, **c
         error = None if status == "ok" else f"{status} happened"
         own = {"trial": trial, metric: value, METRICS[metric].reference: known, "status": status, "error": error}
         row = base | own | changes
-        labels = {f"{k}_label": entry_label(str(row[k]), entry_parameters(row[f"{k}_params"])) for k in ("attack", "defense")}
+        labels = {
+            f"{k}_label": entry_label(str(row[k]), entry_parameters(row[f"{k}_params"])) for k in ("attack", "defense")
+        }
         rows.append(row | labels)
     return rows
 
