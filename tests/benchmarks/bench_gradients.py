@@ -80,6 +80,7 @@ def main() -> int:
             run()
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
+    print(f"load average {os.getloadavg()[0]:.1f}; clearly above 2 means that other programs took part")
     rate = {name: TRIALS / statistics.median(values) for name, values in seconds.items()}
     for name, value in rate.items():
         print(f"{name:40} {value:8.0f} trials/s")
