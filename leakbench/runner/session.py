@@ -110,7 +110,7 @@ def run_suite(request: Request) -> Report:
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", request.device):
         raise UserError(f"--device {request.device}: expected cpu, cuda or cuda:N, e.g. --device cuda:0")
-    season = DEVELOPMENT if request.season_key is None else Season.from_file(request.season_key)
+    season = DEVELOPMENT if request.season_key is None else _season(request.season_key)
     suite = load_suite(request.suite)
     cells = suite.expand(attacks=request.attacks, defenses=request.defenses, trials=request.trials)
     jobs = plan(cells, season)
@@ -128,6 +128,17 @@ def run_suite(request: Request) -> Report:
         failed=[f"{o.job.label}: {o.error}" for o in summary.failed] + [job.label for job in state.failed],
         trials=summary.statuses,
     )
+
+
+def _season(path: Path) -> Season:
+    """Read a season key; its name becomes a directory and must not pass for the public season."""
+    season = Season.from_file(path)
+    if season.name == DEVELOPMENT.name or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", season.name):
+        raise UserError(
+            f"--season-key {path}: expected a file named by the season, in letters, digits, '.', '_' and '-', and not "
+            f"{DEVELOPMENT.name}; rename it, e.g. spring.key"
+        )
+    return season
 
 
 def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season) -> Summary:

@@ -281,6 +281,24 @@ def test_status_counts_against_the_plan_of_the_last_run(run, script, capfd):
     assert "resume with: " in out
 
 
+@pytest.mark.parametrize("name", ["development.key", "my season.key", ".hidden"])
+def test_a_season_needs_a_name_of_its_own(run, script, tmp_path, name):
+    (tmp_path / name).write_bytes(b"0123456789abcdef0123456789abcdef")
+    code, _, err = run("--season-key", name)
+    assert code == 2
+    assert "rename it" in err
+    assert script.ran == []
+
+
+def test_a_seasons_rows_are_apart_and_its_key_is_written_nowhere(run, script, tmp_path):
+    (tmp_path / "spring.key").write_bytes(b"0123456789abcdef0123456789abcdef")
+    run()
+    assert run("--season-key", "spring.key")[0] == 0
+    assert len(script.ran) == len(set(script.ran)) == 16
+    for path in (tmp_path / "runs").rglob("*"):
+        assert path.is_dir() or b"0123456789abcdef" not in path.read_bytes()
+
+
 def test_resume_of_an_empty_plan_is_empty(tmp_path):
     assert resume([], tmp_path, "code").todo == []
 
