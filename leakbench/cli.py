@@ -201,6 +201,18 @@ def schema() -> None:
     click.echo(schema_markdown())
 
 
+@cli.command()
+@click.argument("suite")
+@click.option("--definition-only", is_flag=True, help="Pin no checkpoints: the suite's datasets are not at hand.")
+def lock(suite: str, definition_only: bool) -> None:
+    """Make the definition and trained checkpoints of SUITE official in tasks.lock: for maintainers, in a checkout."""
+    from leakbench.lock import lock_suite, tasks_folder
+    from leakbench.suites import load_suite
+
+    for path in lock_suite(load_suite(suite), tasks_folder(), checkpoints=not definition_only):
+        click.echo(path)
+
+
 # --- what was measured ------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ Every mistake in a file is one line: the file, the key, what was expected, what 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from leakbench.data.catalogue import DATASETS
 from leakbench.entries import resolve_all
 from leakbench.errors import UserError, did_you_mean, unknown
 from leakbench.grids import Budget, Cell, Grid, Suite
+from leakbench.lock import tasks_folder
 from leakbench.models.catalogue import architecture_spec
 from leakbench.sources import Kind
 from leakbench.tasks import Architecture, BatchSpec, Part, Protocol, Task, ThreatModel
@@ -28,7 +28,7 @@ __all__ = ["Cell", "Grid", "Suite", "load_suite", "load_task", "read_suite", "su
 
 def suite_paths() -> dict[str, Path]:
     """Return the files of the suites that come with leakbench, by name."""
-    return {path.stem: path for path in sorted(_suite_folder().glob("*.yaml"))}
+    return {path.stem: path for path in sorted(tasks_folder().glob("*.yaml"))}
 
 
 def load_suite(name: str) -> Suite:
@@ -88,15 +88,6 @@ def _suite_path(name: str) -> Path:
     if not path.is_file():
         raise UserError(f"suite {name}: expected a YAML file, got no such file; see: leakbench list suites")
     return path
-
-
-def _suite_folder() -> Path:
-    spec = importlib.util.find_spec("leakbench_tasks")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "package leakbench_tasks is not installed; reinstall with: pip install --force-reinstall leakbench"
-        )
-    return Path(spec.submodule_search_locations[0])
 
 
 class _Loader(yaml.SafeLoader):

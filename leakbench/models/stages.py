@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 import os
 import tempfile
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from leakbench.cache import cache_dir
 from leakbench.errors import LeakbenchError, UserError, unknown
+from leakbench.lock import read_lock, tasks_folder
 from leakbench.models.build import build_module, first_line
 from leakbench.models.catalogue import ZOOS
 from leakbench.models.functional import build_model
@@ -25,8 +25,6 @@ from leakbench.models.recipe import RECIPE_VERSION, STAGES, TrainingData, init_s
 from leakbench.tasks import content_hash
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
-
     from leakbench.tasks import Architecture
 
 DRAWS = 3
@@ -140,25 +138,17 @@ def lock_checkpoint(
     name = f"{architecture.label}-{stage}-{draw}-{key[:8]}.safetensors"
     data = _serialise(made.tensors, made.accuracy)
     _write(tasks / "checkpoints" / name, data)
-    lock = tasks / "tasks.lock"
-    pinned = json.loads(lock.read_text()) if lock.exists() else {}
-    pinned.setdefault(key, {})[stage] = {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
-    _write(lock, (json.dumps(pinned, indent=2, sort_keys=True) + "\n").encode())
+    pinned = read_lock(tasks)
+    pinned["checkpoints"].setdefault(key, {})[stage] = {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
+    _write(tasks / "tasks.lock", (json.dumps(pinned, indent=2, sort_keys=True) + "\n").encode())
     return tasks / "checkpoints" / name
 
 
-def _tasks_folder() -> Traversable:
-    return importlib.resources.files("leakbench_tasks")
-
-
 def _official(key: str, stage: str) -> Checkpoint | None:
-    lock = _tasks_folder().joinpath("tasks.lock")
-    if not lock.is_file():
-        return None
-    pin = json.loads(lock.read_text()).get(key, {}).get(stage)
+    pin = read_lock(tasks_folder())["checkpoints"].get(key, {}).get(stage)
     if pin is None:
         return None
-    file = _tasks_folder().joinpath("checkpoints", pin["file"])
+    file = tasks_folder() / "checkpoints" / pin["file"]
     data = file.read_bytes() if file.is_file() else b""
     got = hashlib.sha256(data).hexdigest() if data else "no file"
     if got != pin["sha256"]:
@@ -166,7 +156,7 @@ def _official(key: str, stage: str) -> Checkpoint | None:
             f"official checkpoint {pin['file']}: expected sha256 {pin['sha256']} (tasks.lock), got {got}; "
             "reinstall leakbench or restore the file"
         )
-    return _parse(data, "official", file if isinstance(file, Path) else None)
+    return _parse(data, "official", file)
 
 
 def _cached(folder: Path, key: str, stage: str) -> Checkpoint | None:
@@ -192,6 +182,7 @@ def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
         temporary.write(data)
+    os.chmod(temporary.name, 0o644)  # a temporary file is its owner's alone; checkpoints are to be shared
     os.replace(temporary.name, path)
 
 

@@ -42,7 +42,7 @@ class Toy:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch, tmp_path):
     monkeypatch.setattr(recipe, "_LEAST_STEPS", 100)
-    monkeypatch.setattr(stages, "_tasks_folder", lambda: tmp_path / "tasks")
+    monkeypatch.setattr(stages, "tasks_folder", lambda: tmp_path / "tasks")
 
 
 def get(stage, tmp_path, draw=0, architecture=MLP, data=None, normalise=True):
@@ -114,7 +114,7 @@ def test_official_checkpoints_win_and_must_match_their_hash(tmp_path):
     assert (official.origin, official.sha256, official.path) == ("official", local.sha256, file)
     assert get("early", tmp_path, draw=1).origin == "local"
     pins = json.loads((tmp_path / "tasks" / "tasks.lock").read_text())
-    assert [list(v) for v in pins.values()] == [["early"]]
+    assert [list(v) for v in pins["checkpoints"].values()] == [["early"]]
     file.write_bytes(b"something else")
     with pytest.raises(UserError, match=f"expected sha256 {local.sha256}"):
         get("early", tmp_path)
