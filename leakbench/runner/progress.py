@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
@@ -115,20 +116,17 @@ class BarDisplay:
         self._bar.stop()
 
 
-class SayLog(logging.Handler):
-    """Shows what leakbench logs, such as the progress of training a checkpoint.
-
-    Args:
-        display: Where.
-    """
-
-    def __init__(self, display: Display) -> None:
-        super().__init__()
-        self._display = display
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show one record."""
-        self._display.say(record.getMessage())
+@contextlib.contextmanager
+def shown_log(display: Display) -> Iterator[None]:
+    """Show what leakbench logs, such as the progress of training a checkpoint, on ``display``."""
+    log, handler = logging.getLogger("leakbench"), logging.Handler()
+    handler.emit = lambda record: display.say(record.getMessage())  # type: ignore[method-assign]
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def describe_report(values: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from leakbench.provenance import code_sha256
 from leakbench.results import completed_jobs, prepare_out
 from leakbench.runner.plan import Job, plan, shard
 from leakbench.runner.pool import OtherCode, Summary, has_failed, resume, run_jobs
-from leakbench.runner.progress import SayLog, make_display
+from leakbench.runner.progress import make_display, shown_log
 from leakbench.suites import load_suite
 
 PLAN_FILE = "plan.json"
@@ -156,12 +155,9 @@ def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season) -> Su
         files=sorted({file for source in entries for file in source.files}),
         on_progress=display.report,
     )
-    log = logging.getLogger("leakbench")
-    log.setLevel(logging.INFO)
-    log.addHandler(SayLog(display))
     with runner:
         try:
-            with display:
+            with display, shown_log(display):
                 display.say(f"{len(jobs)} jobs, {workers} at a time, isolation {runner.level}; rows go to {out}")
                 runner.preflight(jobs)
                 return run_jobs(jobs, runner, display, workers=workers)

@@ -45,6 +45,8 @@ def script(monkeypatch, tmp_path):
     script, at_once, lock = Script(), [0], threading.Lock()
 
     class Runner:
+        level = "process"
+
         def __init__(self, out, *, on_progress=None, **options):
             self.out, self.on_progress = out, on_progress
 
@@ -138,7 +140,8 @@ def test_a_run_does_every_job_and_says_where_and_what_next(run, script):
         "rows: runs/small",
         "next: leakbench board runs/small",
     ]
-    assert len(err.splitlines()) == 8
+    assert err.startswith("8 jobs, 2 at a time, isolation process; rows go to runs/small\n")
+    assert len(err.splitlines()) == 9
     assert "[8/8]" in err
     assert script.closed
     assert status() == {"planned": 8, "done": 8, "failed": 0, "left": 0}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 from types import SimpleNamespace
 
 import pytest
 
-from leakbench.runner.progress import BarDisplay, PlainDisplay, describe_report, make_display
+from leakbench.runner.progress import BarDisplay, PlainDisplay, describe_report, make_display, shown_log
 
 JOB = SimpleNamespace(label="digits / llg[0:64]")
 
@@ -49,6 +50,14 @@ def test_a_terminal_gets_a_bar_with_counts_and_failures(monkeypatch):
     assert "2 done, 1 failed, 1 left" in text
     assert "failed: digits / llg[0:64]: [bold]not markup[/bold]" in text
     assert "digits / llg[0:64] step 5/10, objective 0.25" in text
+
+
+def test_what_is_logged_is_shown_while_the_run_lasts():
+    file = io.StringIO()
+    with shown_log(make_display(file, 1)):
+        logging.getLogger("leakbench.models.recipe").info("step %d of %d", 1, 2)
+    logging.getLogger("leakbench.models.recipe").info("later")
+    assert file.getvalue() == "step 1 of 2\n"
 
 
 @pytest.mark.parametrize(
