@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pandas as pd
 from pydantic import ValidationError
 
-from leakbench.entries import Description, EntrySpec, resolve
+from leakbench.entries import Description, EntrySpec, describe, resolve
 from leakbench.entry import Entry
 from leakbench.errors import InvalidOutput, UserError
 from leakbench.grids import Budget, Cell, ModelDraws
@@ -21,7 +21,7 @@ from leakbench.keys import DEVELOPMENT, Season
 from leakbench.provenance import code_sha256
 from leakbench.results import load_rows
 from leakbench.runner.plan import plan
-from leakbench.sources import Kind
+from leakbench.sources import Kind, find_source
 from leakbench.suites import load_task
 from leakbench.tasks import Task
 
@@ -157,9 +157,9 @@ def _spec(kind: Kind, entry: object, local: dict[str, Entry]) -> EntrySpec:
     except (TypeError, OSError):
         path = Path()
     if path.is_file() and "<locals>" not in cls.__qualname__:
-        found = resolve(kind, f"{path}:{cls.__qualname__}")[0]
-        return EntrySpec(found.description, {**found.params, **params}, found.source)
-    from leakbench.runner.child import describe_class
+        source = find_source(kind, f"{path}:{cls.__qualname__}")
+        return EntrySpec(describe([source])[0], params, source)
+    from leakbench.runner.loading import describe_class
 
     name = getattr(cls, "name", cls.__name__)
     if local.setdefault(name, entry) is not entry:
