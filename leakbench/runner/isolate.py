@@ -101,7 +101,7 @@ class ChildServer:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
-            "JE_ARROW_MALLOC_CONF": "background_thread:false",  # scikit-learn imports Arrow; a forking process has one thread
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",  # scikit-learn imports Arrow; who forks has one thread
             "PATH": "/usr/bin:/bin",
             "LANG": "C.UTF-8",
         }
