@@ -234,7 +234,7 @@ def test_an_answer_that_nobody_asked_for_is_invalid(server):
 
 def test_bwrap_shows_no_home_no_dataset_and_no_other_process(server):
     if server.level != "bwrap":
-    pytest.skip("level process hides them by Landlock")
+        pytest.skip("level process hides them by Landlock")
     code = f"""
     from pathlib import Path
     import sklearn
