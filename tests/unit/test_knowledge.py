@@ -75,8 +75,10 @@ READS = {
     "weights": ["model", "gradients", "simulate", "head_weight"],
     "defense": ["defense"],
     "auxiliary": ["auxiliary"],
+    "bn_statistics": ["bn_statistics"],
 }
 """What cannot be read without a grant."""
+NOTHING = {"auxiliary": 0, "bn_statistics": "none"}
 OPEN = ("trials", "num_classes", "input_spec", "bounds", "sends", "clients", "budget", "update", "updates", "prepared")
 
 
@@ -88,7 +90,7 @@ def read(observation, name, scene):
 @pytest.mark.parametrize(("flag", "name"), [(flag, name) for flag, names in READS.items() for name in names])
 def test_what_is_withheld_cannot_be_read(flag, name):
     protocol = Protocol(sends="delta", local_steps=2)
-    withheld = Scene(protocol, EVERYTHING.model_copy(update={flag: 0 if flag == "auxiliary" else False}))
+    withheld = Scene(protocol, EVERYTHING.model_copy(update={flag: NOTHING.get(flag, False)}))
     with pytest.raises(NotGranted, match=rf"^'{flag}' is not granted") as error:
         read(withheld.observation(), name, withheld)
     assert "\n" not in str(error.value)
@@ -102,9 +104,7 @@ def test_what_is_granted_can_be_read(name):
 
 @pytest.mark.parametrize("name", OPEN)
 def test_public_facts_need_no_grant(name):
-    nothing = ThreatModel(
-        batch_size=False, lr=False, local_steps=False, label_prior=False, weights=False, defense=False
-    ).model_copy(update={"bn_statistics": "none"})
+    nothing = ThreatModel(**{flag: NOTHING.get(flag, False) for flag in READS})
     assert nothing.granted() == frozenset()
     assert getattr(Scene(threat=nothing).observation(), name) is not None
 
