@@ -86,7 +86,7 @@ def test_the_server_and_its_children_know_nothing_of_our_environment(server):
     environment = inside(server, "answer = dict(os.environ)")
     assert "4711-0815" not in json.dumps(environment)
     assert set(environment) & set(os.environ) <= {
-        *("HOME", "TMPDIR", "PATH", "LANG", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+        *("HOME", "TMPDIR", "PATH", "PWD", "LANG", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
         *("KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR"),  # set by importing torch
     }
     code = "answer = [open(f'/proc/self/{name}').read().count('4711-0815') for name in ('environ', 'cmdline')]"
