@@ -125,6 +125,7 @@ class Scenes:
 
     def __init__(self, season: Season) -> None:
         self._season = season
+        self._victims = Kept(4)
         self._weights = Kept(4)
         self._chances = Kept(256)
         self._means = Kept(16)
@@ -134,16 +135,15 @@ class Scenes:
         return load_dataset(task.dataset)
 
     def victims(self, task: Task, trials: Sequence[int]) -> Victims:
-        """Draw the private examples of ``trials``."""
-        protocol = task.protocol
-        return draw_victims(
-            self.dataset(task),
-            task.batch,
-            clients=protocol.clients,
-            local_batches=protocol.local_batches,
-            trials=trials,
-            key=self._season.key,
-        )
+        """Draw the private examples of ``trials``, or return them as another job has drawn them."""
+        data, clients, batches = self.dataset(task), task.protocol.clients, task.protocol.local_batches
+
+        def draw() -> Victims:
+            return draw_victims(
+                data, task.batch, clients=clients, local_batches=batches, trials=trials, key=self._season.key
+            )
+
+        return self._victims.get((data.fingerprint, task.batch, clients, batches, tuple(trials)), draw)
 
     def order(self, task: Task, trials: Sequence[int]) -> Tensor | None:
         """Return (T, K, local_steps, B) example indices for ``batches: epochs``, reshuffled every pass; else None."""

@@ -1,0 +1,302 @@
+"""The conversation of one job: plant, update, plant, ..., run, between an attack child and a client child."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from leakbench.attack import RecoveryShape
+from leakbench.data import Victims
+from leakbench.errors import InvalidOutput
+from leakbench.federation.statistics import is_running_statistic
+from leakbench.provenance import code_sha256
+from leakbench.runner.artefacts import Artefact
+from leakbench.runner.child import STATISTICS
+from leakbench.runner.children import Child
+from leakbench.runner.grant import granted_facts, read_names
+from leakbench.runner.plan import Job
+from leakbench.runner.rows import Outcome
+from leakbench.runner.scene import Weights
+from leakbench.runner.wire import Blob
+from leakbench.runner.workshop import SLACK_BYTES, Workshop, ask, blaming
+
+GRACE_SECONDS = 30.0
+"""Added to every time limit: starting the child and importing the entry are not the entry's fault."""
+CLIENT_SECONDS_PER_TRIAL = 10.0
+"""Time limit of a client; missing it is the defense's failure."""
+PREPARED_BYTES = 1 << 30
+"""Most bytes of what `Attack.prepare` returns."""
+
+
+class Exchange:
+    """One job's children and what passes between them; checks everything that comes back.
+
+    Args:
+        shop: What jobs share.
+        job: The job.
+        victims: The private examples.
+        weights: The model.
+        outcome: Receives what was recovered, and what it cost.
+        on_progress: Receives the attack's progress.
+    """
+
+    def __init__(
+        self,
+        shop: Workshop,
+        job: Job,
+        victims: Victims,
+        weights: Weights,
+        outcome: Outcome,
+        on_progress: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.shop = shop
+        self.job = job
+        self.task = job.task
+        self.victims = victims
+        self.weights = weights
+        self.outcome = outcome
+        self.on_progress = on_progress
+        self.data = shop.scenes.dataset(job.task)
+        self.order = shop.scenes.order(job.task, job.trials)
+        self.names = read_names(job.attack.description.reads, weights, job.task.protocol)
+        self.stack = ExitStack()
+
+    def run(self) -> None:
+        """Hold the conversation and end both children.
+
+        Raises:
+            ChildFailed: A child died, took too long, or reported an error.
+            InvalidOutput: A child answered something that is not acceptable.
+        """
+        with self.stack:
+            self._converse()
+
+    def _converse(self) -> None:
+        job, threat = self.job, self.task.threat_model
+        attack = self._attack_child(self._prepared(), preparing=False)
+        client = self._client_child()
+        plants = job.attack.description.plants and threat.change_parameters
+        updates: list[Blob] = []
+        for index in range(job.task.protocol.rounds):
+            planted: dict[str, Blob] = {}
+            if plants:
+                planted = {"planted": self._plant(attack, updates)}
+            updates.append(self._update(client, index, planted))
+        client.close()
+        self._recover(attack, updates)
+
+    def _client_child(self) -> Child:
+        job, task = self.job, self.task
+        numbers = self.weights.numel([*self.names, *self.weights.buffers])
+        self.outcome.update_bytes = 8 * numbers * len(job.trials) + SLACK_BYTES
+        child = self.stack.enter_context(self.shop.spawn(job, self.outcome.update_bytes))
+        blobs = {
+            "model": self.weights.blob,
+            "victims": Blob.pack(
+                {"images": torch.tensor(self.victims.inputs), "labels": torch.tensor(self.victims.labels)}
+            ),
+            "seeds": Blob.pack({"seeds": self.shop.scenes.seeds("defense", job.trials)}),
+        }
+        if self.order is not None:
+            blobs["order"] = Blob.pack({"order": self.order})
+        body = {
+            "protocol": task.protocol.model_dump_json(),
+            "batch_size": task.batch.size,
+            "input_spec": self.data.input_spec.model_dump_json(),
+            "normalise": task.normalise,
+            "num_classes": self.data.num_classes,
+            "architecture": task.architecture.model_dump_json(),
+            "defense": [self.shop.request(part) for part in job.defense],
+            "names": self.names,
+            "bn_statistics": task.threat_model.bn_statistics,
+            "device": self.shop.device,
+        }
+        ask(child, "client", body, blobs, expect="ready", seconds=self._client_seconds(), who="client")
+        return child
+
+    def _update(self, client: Child, index: int, planted: Mapping[str, Blob]) -> Blob:
+        """Get one round's update and check it; an update that does not pass is the defense's failure."""
+        begun = time.perf_counter()
+        message = ask(
+            client,
+            "round",
+            {"round": index},
+            planted,
+            expect="update",
+            seconds=self._client_seconds(),
+            limit=self.outcome.update_bytes,
+            who="client",
+        )
+        self.outcome.client_seconds += time.perf_counter() - begun
+        self.outcome.isolation = client.detail
+        state = {**self.weights.parameters, **self.weights.buffers}
+        trials = len(self.job.trials)
+        expected = {name: (trials, *state[name].shape[1:]) for name in self.names}
+        if self.task.threat_model.bn_statistics in ("updated_running", "exact_batch"):
+            running = {name: value for name, value in self.weights.buffers.items() if is_running_statistic(name)}
+            expected |= {f"{STATISTICS}{name}": (trials, *value.shape[1:]) for name, value in running.items()}
+        with blaming("client"):
+            tensors = message.tensors("update")
+            got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            if got != expected:
+                raise InvalidOutput(f"sent tensors {_brief(got)}, expected {_brief(expected)}")
+            for name, tensor in tensors.items():
+                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                    raise InvalidOutput(f"the update's {name!r} is not finite")
+        return message.blobs["update"]
+
+    def _attack_child(self, prepared: Mapping[str, Blob], *, preparing: bool) -> Child:
+        """Start the attack with what the threat model grants; a preparing one sees nothing of the victims."""
+        job, task, threat = self.job, self.task, self.task.threat_model
+        trials = list(range(len(self.weights.draws))) if preparing else list(job.trials)
+        limit = self._recovery_limit()
+        child = self.stack.enter_context(self.shop.spawn(job, max(limit, PREPARED_BYTES) if preparing else limit))
+        if preparing:
+            seeds = self.shop.scenes.seeds("prepare", trials, job.attack.name, self.weights.digest)
+        else:
+            seeds = self.shop.scenes.seeds("attack", trials, job.attack.name, task.hash)
+        blobs = {"seeds": Blob.pack({"seeds": seeds}), **prepared}
+        if threat.weights:
+            blobs["model"] = self.shop.granted_model(task, self.weights)
+        if threat.auxiliary:
+            blobs["auxiliary"] = Blob.pack(self.shop.scenes.auxiliary(task))
+        if threat.labels and not preparing:
+            blobs["labels"] = Blob.pack({"labels": torch.tensor(self.victims.labels)})
+        if threat.batch_order and self.order is not None and not preparing:
+            blobs["order"] = Blob.pack({"order": self.order})
+        body = {
+            "facts": granted_facts(
+                task,
+                self.data,
+                wall_seconds=None if job.wall_seconds is None else job.wall_seconds * len(trials),
+                model_evaluations=job.model_evaluations,
+            ),
+            "attack": self.shop.request(job.attack),
+            "defense": [self.shop.request(part) for part in job.defense] if threat.defense else None,
+            "architecture": task.architecture.model_dump_json(),
+            "num_classes": self.data.num_classes,
+            "device": self.shop.device,
+            "shape": {
+                "trials": len(trials),
+                "clients": task.protocol.clients,
+                "inputs_per_client": task.inputs_per_client if threat.batch_size else 1 << 12,
+                "num_classes": self.data.num_classes,
+            },
+        }
+        ask(child, "attack", body, blobs, expect="ready", seconds=GRACE_SECONDS, who="attack")
+        return child
+
+    def _prepared(self) -> dict[str, Blob]:
+        job = self.job
+        if not job.attack.description.prepares:
+            return {}
+
+        def compute() -> Artefact:
+            child = self._attack_child({}, preparing=True)
+            begun = time.perf_counter()
+            message = ask(
+                child,
+                "prepare",
+                {},
+                {},
+                expect="prepared",
+                seconds=self._attack_seconds(),
+                limit=PREPARED_BYTES,
+                who="attack.prepare",
+            )
+            info = {"seconds": time.perf_counter() - begun}
+            with blaming("attack.prepare"):
+                tensors = message.tensors("prepared")
+            child.close()
+            return Artefact(tensors, info)
+
+        task, threat = job.task, job.task.threat_model
+        identity = {
+            "attack": job.attack.id_content(),
+            "defense": [part.id_content() for part in job.defense] if threat.defense else None,
+            "weights": self.weights.digest,
+            "dataset": self.data.fingerprint,
+            "task": task.hash,
+            "threads": job.threads,
+            "budget": job.model_evaluations,
+            "code": code_sha256(),
+        }
+        artefact = self.shop.artefacts.get(identity, compute)
+        self.outcome.prepare_seconds = artefact.info["seconds"]
+        return {"prepared": artefact.blob}
+
+    def _plant(self, attack: Child, updates: list[Blob]) -> Blob:
+        """Get the parameters that a malicious server replaces, and check that it may."""
+        parameters, threat = self.weights.parameters, self.task.threat_model
+        history = {f"update{i}": blob for i, blob in enumerate(updates)}
+        message = ask(
+            attack,
+            "plant",
+            {},
+            history,
+            expect="planted",
+            seconds=self._attack_seconds(),
+            limit=self.weights.numel(parameters) * 8 * self.task.protocol.clients + SLACK_BYTES,
+            who="attack.plant",
+        )
+        leading = {1, self.task.protocol.clients} if threat.per_client else {1}
+        with blaming("attack.plant"):
+            for name, tensor in message.tensors("planted").items():
+                if name not in parameters or tensor.shape[1:] != parameters[name].shape[1:]:
+                    raise InvalidOutput(f"{name!r} with shape {tuple(tensor.shape)} is no model parameter")
+                if tensor.shape[0] not in leading or not bool(torch.isfinite(tensor).all()):
+                    raise InvalidOutput(f"{name!r} must be finite with a leading dimension in {leading}")
+            return message.blobs["planted"]
+
+    def _recover(self, attack: Child, updates: list[Blob]) -> None:
+        job, task = self.job, self.task
+        begun = time.perf_counter()
+        message = ask(
+            attack,
+            "run",
+            {},
+            {f"update{i}": blob for i, blob in enumerate(updates)},
+            expect="recovery",
+            seconds=self._attack_seconds(),
+            limit=self._recovery_limit(),
+            who="attack",
+            on_progress=self.on_progress,
+        )
+        self.outcome.wall_seconds = time.perf_counter() - begun
+        self.outcome.isolation = attack.detail
+        shape = RecoveryShape(
+            trials=len(job.trials),
+            clients=task.protocol.clients,
+            inputs_per_client=task.inputs_per_client,
+            num_classes=self.data.num_classes,
+            input_shape=self.data.input_spec.shape,
+        )
+        with blaming("attack"):
+            self.outcome.recovery = shape.claim(
+                message.tensors("recovery"), message.body.get("model_evaluations"), task.target
+            )
+        attack.close()
+        self.outcome.peak_memory = attack.peak_memory
+
+    def _attack_seconds(self) -> float:
+        per_trial = float("inf") if self.job.wall_seconds is None else self.job.wall_seconds
+        return min(per_trial * len(self.job.trials) + GRACE_SECONDS, 30 * 24 * 3600.0)
+
+    def _client_seconds(self) -> float:
+        return CLIENT_SECONDS_PER_TRIAL * len(self.job.trials) * self.task.protocol.local_steps + GRACE_SECONDS
+
+    def _recovery_limit(self) -> int:
+        clients = self.task.protocol.clients
+        inputs = clients * self.task.inputs_per_client
+        numbers = clients * self.data.num_classes + inputs * self.data.images[0].size + 256
+        return 8 * len(self.job.trials) * int(numbers) + SLACK_BYTES
+
+
+def _brief(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    listed = [f"{name} {shape}" for name, shape in itertools.islice(shapes.items(), 4)]
+    return ", ".join(listed) + (", ..." if len(shapes) > 4 else "") if listed else "none"

@@ -1,0 +1,170 @@
+"""What the jobs of a run share on this machine: scenes, artefacts, and the server that forks their children."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from leakbench.entries import EntrySpec
+from leakbench.errors import InvalidOutput
+from leakbench.keys import Season
+from leakbench.provenance import code_sha256
+from leakbench.runner.artefacts import Artefact, Artefacts
+from leakbench.runner.children import Child, ChildFailed
+from leakbench.runner.grant import granted_state
+from leakbench.runner.isolate import ChildServer, Level
+from leakbench.runner.plan import Job
+from leakbench.runner.scene import Built, Kept, Scenes, Weights
+from leakbench.runner.wire import Blob, Message
+from leakbench.tasks import Task, content_hash
+
+BUILD_SECONDS = 3600.0
+"""Time limit of building a changed architecture, training included."""
+BUILD_BYTES = 4 << 30
+SLACK_BYTES = 1 << 20
+MEMORY_SHARE = 0.8
+"""Share of the machine's memory that all workers together may use."""
+
+
+class Workshop:
+    """Shared by all jobs of a `leakbench.runner.execute.Runner`; used from several threads.
+
+    Args:
+        level: Isolation level.
+        device: Where children compute.
+        workers: Jobs at once.
+        season: Key of the victims.
+        artefacts: Folder of prepared artefacts.
+        files: Entry files that children may read.
+        local: Instances by entry name, for entries without a file.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: Level,
+        device: str,
+        workers: int,
+        season: Season,
+        artefacts: Path,
+        files: Iterable[Path],
+        local: Mapping[str, Any],
+    ) -> None:
+        self.level = level
+        self.device = device
+        self.memory = int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / workers)
+        self.scenes = Scenes(season)
+        self.artefacts = Artefacts(artefacts)
+        self._files = sorted({path.resolve() for path in files})
+        self._local = dict(local)
+        self._granted = Kept(4)
+        self._lock = threading.Lock()
+        self._server = self._new_server()
+
+    def _new_server(self) -> ChildServer:
+        return ChildServer(self.level, files=self._files, device=self.device)
+
+    def close(self) -> None:
+        """End the server and all children."""
+        self._server.close()
+
+    def spawn(self, job: Job, file_size: int) -> Child:
+        """Fork a child that may write files of ``file_size`` bytes."""
+        with self._lock:
+            if not self._server.alive:  # an entry may have managed to end it; the next job gets a new one
+                self._server.close()
+                self._server = self._new_server()
+            server = self._server
+        memory = self.memory if self.device == "cpu" else None
+        return server.spawn(memory=memory, file_size=file_size, threads=job.threads, local=self._local)
+
+    def request(self, spec: EntrySpec) -> dict[str, Any]:
+        """Return what a child needs to build an entry."""
+        if spec.source is None:
+            return {"kind": spec.description.kind, "local": spec.name, "name": spec.name}
+        return spec.request()
+
+    def granted_model(self, task: Task, weights: Weights) -> Blob:
+        """Return the model as the threat model grants it."""
+        if task.threat_model.bn_statistics != "none" or not weights.buffers:
+            return weights.blob
+        return self._granted.get(weights.digest, lambda: Blob.pack(granted_state(task, weights)))
+
+    def weights(self, job: Job) -> Weights:
+        """Return the model of a block; a defense that changes the architecture does so in a child."""
+        changing = [part for part in job.defense if "model" in part.description.acts_on]
+        if not changing:
+            return self.scenes.weights(job.task, job.model_draws, job.trials)
+        defense = [part.id_content() for part in changing]
+
+        def build(recipe: dict[str, Any], examples: Mapping[str, Tensor]) -> Built:
+            identity = {"defense": defense, "recipe": recipe, "task": job.task.architecture.content()}
+            identity["code"] = code_sha256()
+            made = self.artefacts.get(identity, lambda: self._ask_to_build(job, recipe, examples))
+            return Built(made.tensors, made.info["head"])
+
+        key = content_hash(defense)
+        return self.scenes.weights(job.task, job.model_draws, job.trials, defense=key, builder=build)
+
+    def _ask_to_build(self, job: Job, recipe: dict[str, Any], examples: Mapping[str, Tensor]) -> Artefact:
+        data = self.scenes.dataset(job.task)
+        body = {
+            "recipe": recipe,
+            "defense": [self.request(part) for part in job.defense],
+            "architecture": job.task.architecture.model_dump_json(),
+            "input_spec": data.input_spec.model_dump_json(),
+            "num_classes": data.num_classes,
+        }
+        begun = time.perf_counter()
+        with self.spawn(job, BUILD_BYTES) as child:
+            message = ask(
+                child,
+                "build",
+                body,
+                {"data": Blob.pack(examples)},
+                expect="built",
+                seconds=BUILD_SECONDS,
+                limit=BUILD_BYTES,
+                who="defense.model",
+            )
+            info = {"seconds": time.perf_counter() - begun, "head": str(message.body.get("head"))}
+            with blaming("defense.model"):
+                tensors = message.tensors("model")
+        if f"parameter/{info['head']}.weight" not in tensors:
+            raise ChildFailed("invalid", "defense.model: the changed architecture has no last linear layer")
+        return Artefact(tensors, info)
+
+
+def ask(
+    child: Child,
+    kind: str,
+    body: Mapping[str, Any],
+    blobs: Mapping[str, Blob],
+    *,
+    expect: str,
+    seconds: float,
+    who: str,
+    limit: int = SLACK_BYTES,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Message:
+    """Ask a child; see `Child.ask`. A failure names ``who`` failed."""
+    try:
+        return child.ask(kind, body, blobs, expect=expect, seconds=seconds, limit=limit, on_progress=on_progress)
+    except ChildFailed as error:
+        raise ChildFailed(error.status, f"{who}: {error}", error.output) from None
+
+
+@contextmanager
+def blaming(who: str) -> Iterator[None]:
+    """Put ``who`` in front of what is wrong with an output."""
+    try:
+        yield
+    except InvalidOutput as error:
+        raise InvalidOutput(f"{who}: {error}") from None
