@@ -401,12 +401,15 @@ def test_a_mistake_is_one_line(options, message, tmp_path):
         (lambda cell: {"attack": cell.Positional()}, "make 'guess' keyword-only"),
         (lambda cell: {"attack": cell.Forgets()}, "must store its argument as self.guess"),
         (lambda cell: {"attack": cell.Project(guess=[1])}, "expected a number, a string, a bool or None"),
-        (lambda cell: {"attack": cell.Nothing()}, "recovers: expected a set out of 'labels' and 'inputs'"),
     ],
 )
 @pytest.mark.parametrize("origin", ["cell", "mine"])
 def test_a_mistake_in_an_instance_is_one_line(make, message, origin, request):
     refused(message, **make(request.getfixturevalue(origin)))
+
+
+def test_a_declaration_that_is_missing_is_one_line(cell):
+    refused("recovers: expected a set out of 'labels' and 'inputs'", attack=cell.Nothing())
 
 
 def test_what_needs_a_file_says_so(cell):
