@@ -20,8 +20,14 @@ from leakbench.federation.gradients import per_trial_gradients
 from leakbench.models.functional import build_model
 from leakbench.tasks import Architecture
 
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
-"""What the child server sets too. Page faults on fresh memory would cost every contender more than its arithmetic."""
+ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**36),
+    "MALLOC_TOP_PAD_": str(2**28),
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""For all contenders. Page faults on fresh memory would cost more than the arithmetic (the child server sets the same),
+and threads that spin at barriers make numbers from a busy machine worthless."""
 TRIALS, BATCH, CLASSES, SHAPE = 512, 8, 100, (3, 32, 32)
 CHUNKS = (32, 64, 128, TRIALS)
 REPEATS = 7
@@ -96,6 +102,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(k) != v for k, v in ALLOCATOR.items()):  # glibc reads them when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
+    if any(os.environ.get(k) != v for k, v in ENVIRONMENT.items()):  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
     sys.exit(main())
