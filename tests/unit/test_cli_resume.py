@@ -28,7 +28,7 @@ grids:
     attacks: [llg, random_labels]
     defenses: [none, gaussian_noise(std=0.01)]
 """
-VARYING = ["wall_seconds", "client_seconds", "prepare_seconds", "peak_memory_bytes", "utc"]
+VARYING = ["wall_seconds", "client_seconds", "prepare_seconds", "peak_memory_bytes", "utc", "git_sha", "git_dirty"]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def start(tmp_path, monkeypatch):
 
 def finish(process):
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    assert process.returncode == 0, out + err
     return out
 
 
