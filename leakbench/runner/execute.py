@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from leakbench.data import Victims
-from leakbench.errors import InvalidOutput, UserError
+from leakbench.errors import InvalidOutput, LeakbenchError, UserError
 from leakbench.keys import Season
 from leakbench.models.stages import Unavailable
 from leakbench.provenance import provenance
@@ -100,6 +100,10 @@ class Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all children; jobs at work are left undone, without rows."""
         self._shop.close()
 
     # --- before anything runs -------------------------------------------------------------------------------------
@@ -145,6 +149,7 @@ class Runner:
 
         Raises:
             UserError: The rows cannot be written.
+            LeakbenchError: The runner was closed meanwhile; the job has no rows.
         """
         begun = time.perf_counter()
         torch.set_num_threads(job.threads)
@@ -167,6 +172,8 @@ class Runner:
             output = error.output
         except InvalidOutput as error:
             outcome.fail("invalid", str(error))
+        if self._shop.closed:
+            raise LeakbenchError(f"{job.label}: the runner was closed before the job was done")
         rows = job_rows(job, outcome, self._shop.scenes, victims, weights, self._columns(outcome))
         path = write_job(self._out, job.id, self._season.name, rows)
         statuses = dict(Counter(row["status"] for row in rows))

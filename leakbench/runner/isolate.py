@@ -107,8 +107,9 @@ class ChildServer:
         }
         if self._devices and "CUDA_VISIBLE_DEVICES" in os.environ:
             environment["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
-        self._folder = Path(tempfile.mkdtemp(prefix="leakbench-"))
-        inside = JOBS if self.level == "bwrap" else str(self._folder)
+        if self.level == "process":
+            self._folder = Path(tempfile.mkdtemp(prefix="leakbench-"))
+        inside = JOBS if self._folder is None else str(self._folder)
         command = [sys.executable, "-I", "-m", "leakbench.runner.server", str(theirs.fileno()), inside]
         if self.level == "bwrap":
             command = bubblewrap_command([*readable_paths(), *self._files], self._devices) + command

@@ -94,6 +94,7 @@ def main(fd: int, folder: Path) -> None:
     finally:
         for pid in jobs:
             _kill(pid)
+        shutil.rmtree(folder, ignore_errors=True)  # also where the runner was killed and cannot
         _end_descendants()
 
 

@@ -162,8 +162,8 @@ def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season) -> Su
                 runner.preflight(jobs)
                 return run_jobs(jobs, runner, display, workers=workers)
         except KeyboardInterrupt:
-            # Closing the runner ends its children, which its threads would write down as failures of the entries.
-            # Leaving like a killed process keeps finished jobs and nothing else; the children end with it.
+            # A worker may be in the middle of a long tensor operation; waiting for it would look like a hang.
+            runner.close()
             print(interrupted(request.command), file=sys.stderr, flush=True)
             os._exit(INTERRUPTED)
 

@@ -66,18 +66,23 @@ class Workshop:
         self._local = dict(local)
         self._granted = Kept(4)
         self._lock = threading.Lock()
+        self.closed = False
         self._server = self._new_server()
 
     def _new_server(self) -> ChildServer:
         return ChildServer(self.level, files=self._files, device=self.device)
 
     def close(self) -> None:
-        """End the server and all children."""
-        self._server.close()
+        """End the server and all children; what they were doing is nobody's failure."""
+        with self._lock:
+            self.closed = True
+            self._server.close()
 
     def spawn(self, job: Job, file_size: int) -> Child:
         """Fork a child that may write files of ``file_size`` bytes."""
         with self._lock:
+            if self.closed:
+                raise ChildFailed("error", "the runner is closed")
             if not self._server.alive:  # an entry may have managed to end it; the next job gets a new one
                 self._server.close()
                 self._server = self._new_server()
