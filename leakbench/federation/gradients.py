@@ -65,6 +65,7 @@ def per_trial_gradients(
     train = batch_norm == "train" and model.has_batch_norm
     head = {f"{model.head}.weight", f"{model.head}.bias"}
     trials = inputs.shape[0]
+    moving = create_graph and any(v.requires_grad for v in model.parameters.values())
     # Several chunks write into one result: joining them afterwards would cost more than the arithmetic of small nets.
     joined = () if create_graph or trials <= size else wanted
     result = {n: inputs.new_empty(trials, *model.parameters[n].shape[1:]) for n in joined}
@@ -75,7 +76,7 @@ def per_trial_gradients(
         arguments = (model.trials(first, first + size), inputs[part], labels[part], wanted, reduction, create_graph)
         if model.head_is_last and head.issuperset(wanted):
             gradients = _of_head(*arguments, batch_norm, out)
-        elif not train and can_tap(model, wanted):
+        elif not train and not moving and can_tap(model, wanted):
             gradients = _tapped(*arguments, out)
         else:
             gradients = _stacked(*arguments, train)
@@ -206,8 +207,10 @@ def _stacked(
     """Any net: every trial gets its own copy of the weights, so that one backward pass keeps the trials apart."""
     trials = inputs.shape[0]
     shared = model.draws == 1
-    frozen = {k: (v[0] if shared else v).detach() for k, v in (model.parameters | model.buffers).items()}
-    own = {n: model.parameters[n].detach().expand(trials, *model.parameters[n].shape[1:]) for n in names}
+    # After a differentiable local step the weights depend on the inputs, and the next gradient through them.
+    state = {k: v if create_graph else v.detach() for k, v in (model.parameters | model.buffers).items()}
+    frozen = {k: v[0] if shared else v for k, v in state.items()}
+    own = {n: state[n].expand(trials, *state[n].shape[1:]) for n in names}
 
     def loss(
         weights: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor
