@@ -16,7 +16,7 @@ from leakbench.models.batch_norm import ExplicitBatchNorm
 from leakbench.models.functional import Model
 from leakbench.models.small import Classifier
 
-_CACHED_NUMBERS = 2**18
+_CACHED_NUMBERS = 2**17
 
 
 def can_tap(model: Model, names: Collection[str]) -> bool:
