@@ -107,7 +107,7 @@ class Protocol(Part):
     send_buffers: bool = False
     """Whether BatchNorm running statistics are part of the update."""
     rounds: Annotated[int, Field(ge=1)] = 1
-    """Rounds of plant -> update that one attack sees (R)."""
+    """Rounds of plant -> update that one attack sees (R). Each starts from the same model, but for what is planted."""
     clients: Annotated[int, Field(ge=1)] = 1
     """Clients behind one update (K)."""
     secure_aggregation: bool = False
@@ -233,6 +233,14 @@ class Task(Part):
     version: Annotated[int, Field(ge=1)] = 1
     """Raised when the definition of the task changes a number."""
 
+    @model_validator(mode="after")
+    def _clients_without_aggregation_are_trials(self) -> Task:
+        if self.protocol.clients > 1 and not self.protocol.secure_aggregation:
+            raise ValueError(
+                "clients > 1 needs secure_aggregation: true; without it each client is a trial of its own"
+            )
+        return self
+
     @property
     def hash(self) -> str:
         """Content hash (sha256, hex) of the definition."""
@@ -265,7 +273,7 @@ class Task(Part):
         if threat.adversary == "malicious_server":
             return "malicious_server"
         if protocol.clients > 1:
-            return "aggregate" if protocol.secure_aggregation else None
+            return "aggregate"
         if protocol.sends != "gradient":
             return "passive_update" if protocol.local_steps > 1 and not threat.lr else None
         if self.target == "labels":

@@ -113,7 +113,8 @@ class ClientRole:
 
     def round(self, message: Message) -> Reply:
         """One round: every client's update, summed where the protocol aggregates."""
-        planted = {name: tensor.to(self.device) for name, tensor in message.tensors("planted").items()}
+        dtype = self.model.dtype
+        planted = {name: tensor.to(self.device, dtype) for name, tensor in message.tensors("planted").items()}
         total = StreamedSum(self.protocol.clients)
         for k in range(self.protocol.clients):
             own = {name: tensor[k : k + 1] if len(tensor) > 1 else tensor for name, tensor in planted.items()}
@@ -138,7 +139,11 @@ class ClientRole:
     def _statistics(self, model: Model, client: int) -> dict[str, Tensor]:
         """Return the BatchNorm statistics of one client that the threat model grants beyond the server's own."""
         if self.bn_statistics == "exact_batch":
-            return batch_statistics(model, self.inputs[:, client, : self.client.batch_size])
+            first = self.inputs[:, client, : self.client.batch_size]
+            if self.order is not None:
+                rows = torch.arange(len(self.inputs))[:, None]
+                first = self.inputs[:, client][rows, self.order[:, client, 0]]
+            return batch_statistics(model, first)
         if self.bn_statistics == "updated_running":
             return {n: v for n, v in self.states[client].buffers.items() if is_running_statistic(n)}
         return {}
@@ -178,6 +183,7 @@ class AttackRole:
         if auxiliary:
             inputs = to_inputs(auxiliary["images"].numpy(), facts.input_spec, facts.normalised)
             self.knowledge["auxiliary"] = (inputs.to(self.device, dtype), auxiliary["labels"].to(self.device))
+        self.honest = self.knowledge["model"]
         self.labels = message.tensors("labels").get("labels")
         self.order = message.tensors("order").get("order")
         self.prepared = {name: t.to(self.device) for name, t in message.tensors("prepared").items()}
@@ -192,17 +198,20 @@ class AttackRole:
 
     def plant(self, message: Message) -> Reply:
         """Run `Attack.plant`."""
-        result = self.attack.plant(self.knowledge["model"], self.shape.clients, self._updates(message))
+        updates, _ = self._updates(message)
+        result = self.attack.plant(self.honest, self.shape.clients, updates)
         if not isinstance(result, dict) or not all(isinstance(v, Tensor) for v in result.values()):
             raise InvalidOutput("plant() must return a dict of tensors")
+        model = self.knowledge["model"]
+        if all(name in model.parameters and len(v) == 1 for name, v in result.items()):
+            # From here on the attack's `model` is the one that the clients get; with several, it keeps the honest one.
+            changed = {name: v.to(self.device, self.dtype) for name, v in result.items()}
+            self.knowledge["model"] = self.honest.with_state(parameters=changed)
         return "planted", {}, {"planted": {name: v.detach().cpu() for name, v in result.items()}}
 
     def run(self, message: Message) -> Reply:
         """Run `Attack.run` and check what it returns."""
-        updates = self._updates(message)
-        statistics = {
-            name.removeprefix(STATISTICS): updates[-1].pop(name) for name in list(updates[-1]) if STATISTICS in name
-        }
+        updates, statistics = self._updates(message)
         seen = Seen(updates, _to(self.labels, self.device), _to(self.order, self.device), self.prepared, statistics)
         observation = Observation(seen, **self.knowledge)
         recovery = self.shape.check(self.attack.run(observation), type(self.attack).recovers)
@@ -210,9 +219,15 @@ class AttackRole:
         count = observation.evaluations if evaluations is None else evaluations
         return "recovery", {"model_evaluations": int(count)}, {"recovery": recovery.tensors()}
 
-    def _updates(self, message: Message) -> list[dict[str, Tensor]]:
+    def _updates(self, message: Message) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Return the rounds' updates, and the BatchNorm statistics that came with the last one."""
         names = sorted((n for n in message.blobs if n.startswith("update")), key=lambda n: int(n[6:]))
-        return [{k: v.to(self.device, self.dtype) for k, v in message.tensors(n).items()} for n in names]
+        updates, statistics = [], dict[str, Tensor]()
+        for name in names:
+            sent = {k: v.to(self.device, self.dtype) for k, v in message.tensors(name).items()}
+            statistics = {k.removeprefix(STATISTICS): v for k, v in sent.items() if k.startswith(STATISTICS)}
+            updates.append({k: v for k, v in sent.items() if not k.startswith(STATISTICS)})
+        return updates, statistics
 
 
 @dataclass(frozen=True)

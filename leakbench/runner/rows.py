@@ -140,10 +140,12 @@ def _scores(job: Job, recovery: Recovery | None, scenes: Scenes, victims: Victim
     """Return the metrics of the task's target and their chance levels or floors, (T,) each."""
     task = job.task
     if task.target == "labels":
-        levels = scenes.chance(task)
+        claim = None if recovery is None else recovery.label_counts
+        # Without a claim the union counts: its chance level is the higher one.
+        levels = scenes.chance(task, union=claim is None or claim.shape[1] == 1)
         scores = {f"{n}_chance": torch.full((len(counts),), level) for n, level in levels.items()}
-        if recovery is not None and recovery.label_counts is not None:
-            scores |= score_labels(counts, recovery.label_counts)
+        if claim is not None:
+            scores |= score_labels(counts, claim)
         return scores
     data = scenes.dataset(task)
     true = pixels(to_inputs(victims.inputs, data.input_spec, task.normalise), task, data).flatten(1, 2)

@@ -229,19 +229,30 @@ class Scenes:
         origin = "init" if task.stage == "untrained" else "local"
         return Weights(*parts, built.head, None, _hashes(built.tensors, len(numbers)), origin, numbers)
 
-    def chance(self, task: Task) -> dict[str, float]:
-        """Return the chance level of every label metric for the task's sampler and data."""
+    def chance(self, task: Task, *, union: bool) -> dict[str, float]:
+        """Return the chance level of every label metric for the task's sampler and data.
+
+        Args:
+            task: The task.
+            union: Whether the labels of all clients are claimed together, not client by client.
+        """
         data, protocol = self.dataset(task), task.protocol
         prior = data.class_prior()
-        count = task.inputs_per_client
+        clients = protocol.clients if union else 1
+        count = task.inputs_per_client * clients
 
         def compute() -> dict[str, float]:
             draws = draw_label_counts(
-                task.batch, prior, local_batches=protocol.local_batches, draws=CHANCE_DRAWS, key=PUBLIC_KEY
+                task.batch,
+                prior,
+                clients=clients,
+                local_batches=protocol.local_batches,
+                draws=CHANCE_DRAWS,
+                key=PUBLIC_KEY,
             )
             return label_chance(draws, prior, count)
 
-        return self._chances.get((data.fingerprint, task.batch, protocol.local_batches), compute)
+        return self._chances.get((data.fingerprint, task.batch, protocol.local_batches, clients), compute)
 
     def floors(self, task: Task, trials: Sequence[int]) -> dict[str, Tensor]:
         """Return the images that need no update: uniform noise (T, K * N, *shape) and the mean image (1, 1, *shape)."""

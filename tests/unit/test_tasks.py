@@ -108,6 +108,8 @@ def changed(key, value):
     place[name] = value
     if name == "local_steps" or (name == "batches_per_epoch"):
         content["protocol"]["sends"] = "delta"
+    if name == "clients":
+        content["protocol"]["secure_aggregation"] = True
     if name in ("change_parameters", "per_client", "change_architecture"):
         content["threat_model"]["adversary"] = "malicious_server"
     return Task.model_validate(content)
@@ -147,7 +149,7 @@ def test_ids_are_readable():
     net = Architecture(name="timm/vit", init="uniform(0.5)", params={"b": 2, "a": 1})
     spec = BatchSpec(size=8, sampler="dirichlet", alpha=0.5)
     other = task(
-        dataset="/some/where/faces.npz", architecture=net, batch=spec, protocol=DELTA.model_copy(update={"clients": 3})
+        dataset="/some/where/faces.npz", architecture=net, batch=spec, protocol=DELTA.model_copy(update={"clients": 3, "secure_aggregation": True})
     )
     assert other.id == "faces.npz-timm.vit-a1-b2-uniform0.5-untrained-b8-dirichlet0.5-delta4-k3-labels"
 
@@ -190,7 +192,6 @@ SECURE = Protocol(clients=3, secure_aggregation=True)
         (None, {"protocol": Protocol(sends="delta"), "threat_model": BLIND}),
         ("aggregate", {"protocol": SECURE}),
         ("aggregate", {"protocol": SECURE, "target": "inputs"}),
-        (None, {"protocol": Protocol(clients=3)}),
         ("passive_labels", {"protocol": Protocol(secure_aggregation=True)}),
         ("malicious_server", {"threat_model": MALICIOUS}),
         ("malicious_server", {"threat_model": MALICIOUS, "protocol": SECURE, "target": "inputs"}),
@@ -261,3 +262,8 @@ def test_grants_are_the_flags_that_are_set():
 def test_tasks_do_not_import_torch():
     code = "import sys, leakbench.tasks, leakbench.keys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_clients_without_aggregation_are_trials_of_their_own():
+    with pytest.raises(ValueError, match="needs secure_aggregation: true"):
+        task(protocol=Protocol(clients=3))
