@@ -20,14 +20,8 @@ from leakbench.federation.gradients import per_trial_gradients
 from leakbench.models.functional import build_model
 from leakbench.tasks import Architecture
 
-ENVIRONMENT = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**36),
-    "MALLOC_TOP_PAD_": str(2**28),
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-"""For all contenders. Page faults on fresh memory would cost more than the arithmetic (the child server sets the same),
-and threads that spin at barriers make numbers from a busy machine worthless."""
+ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
+"""What the child server sets too. Page faults on fresh memory would cost every contender more than its arithmetic."""
 TRIALS, BATCH, CLASSES, SHAPE = 512, 8, 100, (3, 32, 32)
 CHUNKS = (32, 64, 128, TRIALS)
 REPEATS = 7
@@ -86,7 +80,7 @@ def main() -> int:
             run()
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
-    print(f"load average {os.getloadavg()[0]:.1f}; clearly above 2 means that other programs took part")
+    print(f"load average {os.getloadavg()[0]:.1f}; above 2, other programs took part and nothing here can be trusted")
     rate = {name: TRIALS / statistics.median(values) for name, values in seconds.items()}
     for name, value in rate.items():
         print(f"{name:40} {value:8.0f} trials/s")
