@@ -148,9 +148,8 @@ def test_ids_are_readable():
     assert task().id == "digits-mlp-untrained-b1-iid-gradient-labels"
     net = Architecture(name="timm/vit", init="uniform(0.5)", params={"b": 2, "a": 1})
     spec = BatchSpec(size=8, sampler="dirichlet", alpha=0.5)
-    other = task(
-        dataset="/some/where/faces.npz", architecture=net, batch=spec, protocol=DELTA.model_copy(update={"clients": 3, "secure_aggregation": True})
-    )
+    protocol = DELTA.model_copy(update={"clients": 3, "secure_aggregation": True})
+    other = task(dataset="/some/where/faces.npz", architecture=net, batch=spec, protocol=protocol)
     assert other.id == "faces.npz-timm.vit-a1-b2-uniform0.5-untrained-b8-dirichlet0.5-delta4-k3-labels"
 
 
