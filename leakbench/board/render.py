@@ -70,7 +70,7 @@ VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("{edge}", _edge),
     ViewColumn("group", _tie),
     ViewColumn("trials", _trials),
-    ViewColumn("s", lambda c: "-" if pd.isna(c["seconds"]) else f"{c['seconds']:.3g}"),
+    ViewColumn("ms", lambda c: "-" if pd.isna(c["seconds"]) else f"{1000 * c['seconds']:.3g}"),
 )
 """The columns of terminal and Markdown tables that follow the defense, in order."""
 
@@ -157,7 +157,7 @@ def tables(board: pd.DataFrame) -> Iterator[Table]:
             header=[column.title.format(**names) for column in VIEW],
             lines=[(c["defense_short"], [column.text(c) for column in VIEW]) for c in task.to_dict("records")],
             caption=f"{CONFIDENCE:.0%} bootstrap intervals over trials; a failed trial counts as {names['reference']}; "
-            "attacks of one group cannot be told apart; s: seconds per trial"
+            "attacks of one group cannot be told apart; ms: milliseconds per trial"
             + (f"; detectable difference about {detectable:.2g}" if detectable > 0 else ""),
         )
 
@@ -178,16 +178,22 @@ def terminal(board: pd.DataFrame, console: Console | None = None) -> None:
     for note in notes(board):
         console.print(Text(note, style="bold"))
     for table in tables(board):
-        rich_table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for heading, column in zip(table.header, VIEW, strict=True):
-            justify: Literal["left", "right"] = "right" if column.right else "left"
-            rich_table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=column.right)
-        # The defense is a line of its own, so that a table fits 80 columns.
-        for defense, lines in groupby(table.lines, key=lambda line: line[0]):
-            rich_table.add_row(Text(f"vs {defense}", style="bold"))
+        console.print("", Text(table.title, style="bold"), sep="\n")
+        every = [table.header, *(texts for _, texts in table.lines)]
+        widths = [max(len(texts[i]) for texts in every) for i in range(len(VIEW))]
+        # The defense is a line of its own and its attacks a table of the common widths, so that all fits 80 columns.
+        for number, (defense, lines) in enumerate(groupby(table.lines, key=lambda line: line[0])):
+            part = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+            part.show_header = number == 0
+            for heading, width, column in zip(table.header, widths, VIEW, strict=True):
+                justify: Literal["left", "right"] = "right" if column.right else "left"
+                part.add_column(
+                    Text(heading), justify=justify, overflow="fold", no_wrap=column.right, min_width=min(width, 24)
+                )
             for _, texts in lines:
-                rich_table.add_row(*map(Text, texts))
-        console.print("", Text(table.title, style="bold"), rich_table, Text(table.caption, style="dim"), sep="\n")
+                part.add_row(*map(Text, texts))
+            console.print(*([""] if number else []), Text(f"vs {defense}", style="bold"), part, sep="\n")
+        console.print(Text(table.caption, style="dim"))
 
 
 def markdown(board: pd.DataFrame) -> str:

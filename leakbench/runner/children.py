@@ -21,6 +21,8 @@ OUTPUT_LIMIT = 16 * 1024
 """Bytes of a child's printed output that are kept; the rest is read and dropped."""
 
 
+SEND_SECONDS = 30.0
+"""Time after which a child that takes no requests has failed; a message fits the socket's buffer."""
 TEXT_LIMIT = 1000
 """Most characters of an error that is shown or stored."""
 
@@ -91,12 +93,40 @@ class Child:
         limit: int = 1 << 20,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> Message:
-        """Send a request and wait for its answer.
+        """Send a request and wait for its answer; see `post` and `wait`."""
+        self.post(kind, body, blobs)
+        return self.wait(expect=expect, seconds=seconds, limit=limit, on_progress=on_progress)
+
+    def post(self, kind: str, body: Mapping[str, Any], blobs: Mapping[str, Blob] | None = None) -> None:
+        """Send a request.
 
         Args:
             kind: Kind of the request.
             body: Its JSON.
             blobs: Its tensors.
+
+        Raises:
+            ChildFailed: It died, or takes no requests.
+        """
+        self.sock.settimeout(SEND_SECONDS)
+        try:
+            send(self.sock, kind, body, blobs)
+        except ConnectionClosed:
+            raise self._died() from None
+        except TimeoutError:
+            raise ChildFailed("timeout", f"took no request for {SEND_SECONDS:.0f} s", self.output) from None
+
+    def wait(
+        self,
+        *,
+        expect: str,
+        seconds: float,
+        limit: int = 1 << 20,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Message:
+        """Wait for the answer to a request.
+
+        Args:
             expect: Kind of the answer.
             seconds: Time it may take.
             limit: Most bytes of each blob of the answer.
@@ -107,7 +137,6 @@ class Child:
         """
         deadline = time.monotonic() + seconds
         try:
-            send(self.sock, kind, body, blobs)
             while True:
                 message = self._receive(deadline, limit, seconds)
                 if message.kind == expect:
@@ -175,8 +204,12 @@ class Child:
         how = "died" if end is None else f"died by signal {-end.status}" if end.status < 0 else f"exited ({end.status})"
         return ChildFailed("error", f"{how} without an answer{said}", self.output)
 
-    def close(self) -> Exit | None:
-        """End the child and return how it ended; a second call does nothing."""
+    def close(self, *, wait: bool = True) -> Exit | None:
+        """End the child and return how it ended; a second call does nothing.
+
+        Args:
+            wait: Whether to wait until the server says how it ended.
+        """
         if self.sock.fileno() < 0:
             return None
         self.server.kill(self.job)
@@ -184,6 +217,9 @@ class Child:
         if self.pipe is not None:
             os.close(self.pipe)
             self.pipe = None
+        if not wait:
+            self.server.forget(self.job)
+            return None
         self._end = self._end or self.server.exit_of(self.job)
         if self._end is not None and self._end.rss:
             self.peak_memory = self._end.rss

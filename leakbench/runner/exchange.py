@@ -80,6 +80,8 @@ class Exchange:
         job, threat = self.job, self.task.threat_model
         attack = self._attack_child(self._prepared(), preparing=False)
         client = self._client_child()
+        self._await(attack, "attack", GRACE_SECONDS)
+        self._await(client, "client", self._client_seconds())
         plants = job.attack.description.plants and threat.change_parameters
         updates: list[Blob] = []
         for index in range(job.task.protocol.rounds):
@@ -87,10 +89,11 @@ class Exchange:
             if plants:
                 planted = {"planted": self._plant(attack, updates)}
             updates.append(self._update(client, index, planted))
-        client.close()
+        client.close(wait=False)
         self._recover(attack, updates)
 
     def _client_child(self) -> Child:
+        """Start the client."""
         job, task = self.job, self.task
         numbers = self.weights.numel([*self.names, *self.weights.buffers])
         self.outcome.update_bytes = 8 * numbers * len(job.trials) + SLACK_BYTES
@@ -116,8 +119,14 @@ class Exchange:
             "bn_statistics": task.threat_model.bn_statistics,
             "device": self.shop.device,
         }
-        ask(child, "client", body, blobs, expect="ready", seconds=self._client_seconds(), who="client")
+        with blaming("client"):
+            child.post("client", body, blobs)
         return child
+
+    def _await(self, child: Child, who: str, seconds: float) -> None:
+        """Wait until a child has imported its entries; both do so at the same time."""
+        with blaming(who):
+            child.wait(expect="ready", seconds=seconds)
 
     def _update(self, client: Child, index: int, planted: Mapping[str, Blob]) -> Blob:
         """Get one round's update and check it; an update that does not pass is the defense's failure."""
@@ -188,7 +197,8 @@ class Exchange:
                 "num_classes": self.data.num_classes,
             },
         }
-        ask(child, "attack", body, blobs, expect="ready", seconds=GRACE_SECONDS, who="attack")
+        with blaming("attack"):
+            child.post("attack", body, blobs)
         return child
 
     def _prepared(self) -> dict[str, Blob]:
@@ -198,6 +208,7 @@ class Exchange:
 
         def compute() -> Artefact:
             child = self._attack_child({}, preparing=True)
+            self._await(child, "attack", GRACE_SECONDS)
             begun = time.perf_counter()
             message = ask(
                 child,

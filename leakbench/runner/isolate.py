@@ -147,7 +147,7 @@ class ChildServer:
                 message = json.loads(text)
                 if "ready" in message:
                     self._ready.set()
-                else:
+                elif message["exited"] in self._exits:
                     self._exits[message["exited"]] = Exit(message["status"], message["rss"])
                 self._changed.notify_all()
 
@@ -225,6 +225,11 @@ class ChildServer:
         with self._changed:
             self._changed.wait_for(lambda: self._exits.get(job) is not None, timeout)
             return self._exits.pop(job, None)
+
+    def forget(self, job: int) -> None:
+        """Do not keep how a child ends."""
+        with self._changed:
+            self._exits.pop(job, None)
 
     def close(self) -> None:
         """End the server and all its children."""

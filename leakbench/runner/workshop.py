@@ -160,16 +160,16 @@ def ask(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Message:
     """Ask a child; see `Child.ask`. A failure names ``who`` failed."""
-    try:
+    with blaming(who):
         return child.ask(kind, body, blobs, expect=expect, seconds=seconds, limit=limit, on_progress=on_progress)
-    except ChildFailed as error:
-        raise ChildFailed(error.status, f"{who}: {error}", error.output) from None
 
 
 @contextmanager
 def blaming(who: str) -> Iterator[None]:
-    """Put ``who`` in front of what is wrong with an output."""
+    """Put ``who`` in front of what is wrong with a child or its output."""
     try:
         yield
+    except ChildFailed as error:
+        raise ChildFailed(error.status, f"{who}: {error}", error.output) from None
     except InvalidOutput as error:
         raise InvalidOutput(f"{who}: {error}") from None

@@ -45,7 +45,7 @@ class Stopwatch:
             try:
                 return inner(*args, **kwargs)
             finally:
-                key = name(*args) if callable(name) else name
+                key = name(*args, **kwargs) if callable(name) else name
                 self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - begun
 
         setattr(owner, method, timed)
@@ -62,7 +62,8 @@ def main() -> None:
     jobs = plan([cell], DEVELOPMENT)
     watch = Stopwatch()
     watch.wrap(ChildServer, "spawn", "ask the server for a child")
-    watch.wrap(Child, "ask", lambda child, kind, *_: f"child: {kind}")
+    watch.wrap(Child, "post", "send a request")
+    watch.wrap(Child, "wait", lambda child, **asked: f"wait for {asked['expect']}")
     watch.wrap(Child, "close", "end a child")
     taken: dict[str, list[float]] = {level: [] for level in levels}
     parts: dict[str, list[dict[str, float]]] = {level: [] for level in levels}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from leakbench_baselines.attacks.llg import extract_counts, impact_of_negatives
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -25,20 +26,6 @@ ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "M
 TRIALS, BATCH, CLASSES, SHAPE = 512, 8, 100, (3, 32, 32)
 CHUNKS = (32, 64, 128, TRIALS)
 REPEATS = 7
-
-
-def llg_counts(g: Tensor, batch_size: int) -> Tensor:
-    """Return label counts (T, C) from row sums (T, C): LLG's extraction (Wainakh et al. 2022, arXiv:2105.09369)."""
-    negative = g < 0
-    impact = (g * negative).sum(1, keepdim=True) / batch_size * (1 + 1 / g.shape[1])
-    counts = negative.long()
-    g = g - impact * negative
-    for _ in range(batch_size):
-        lowest = g.argmin(1, keepdim=True)
-        left = counts.sum(1, keepdim=True) < batch_size
-        counts.scatter_add_(1, lowest, left.long())
-        g.scatter_add_(1, lowest, -impact * left)
-    return counts
 
 
 def main() -> int:
@@ -65,7 +52,8 @@ def main() -> int:
 
     def ours(names: list[str] | None) -> None:
         gradients = per_trial_gradients(model, inputs, labels, names=names)
-        llg_counts(gradients.tensors["fc.weight"].sum(-1), BATCH)
+        g = gradients.tensors["fc.weight"].sum(-1)
+        extract_counts(g, impact_of_negatives(g, BATCH), BATCH)
 
     contenders: dict[str, Callable[[], None]] = {
         "all layers + LLG": lambda: ours(None),
