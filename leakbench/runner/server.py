@@ -47,6 +47,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
 
 SPARES = 2
 """Children forked ahead of need: copying the page tables of a process with torch takes some 20 ms."""
+IDLE_MS = 50
+"""While jobs run, spare children are forked only after this long without a request; between jobs at once."""
 
 
 def main(fd: int, folder: Path) -> None:
@@ -93,7 +95,8 @@ class Server:
         self._tell({"ready": True})
         try:
             while True:
-                ready = {fd for fd, _ in poll.poll(0 if len(self._spares) < SPARES else None)}
+                patience = IDLE_MS if len(self._told) < len(self._jobs) else 0
+                ready = {fd for fd, _ in poll.poll(None if len(self._spares) == SPARES else patience)}
                 if not ready:
                     self._fork()
                 if self._wake in ready:
