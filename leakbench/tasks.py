@@ -236,9 +236,7 @@ class Task(Part):
     @model_validator(mode="after")
     def _clients_without_aggregation_are_trials(self) -> Task:
         if self.protocol.clients > 1 and not self.protocol.secure_aggregation:
-            raise ValueError(
-                "clients > 1 needs secure_aggregation: true; without it each client is a trial of its own"
-            )
+            raise ValueError("clients > 1 needs secure_aggregation: true; without it each client is a trial of its own")
         return self
 
     @property
