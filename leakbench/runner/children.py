@@ -198,6 +198,8 @@ class Child:
         self.peak_memory = end.rss if end else None
         last = self.output.strip().splitlines()
         said = f"; it last said: {last[-1][:300]}" if last else ""
+        if not self.server.alive:
+            return ChildFailed("error", f"the child server ended: {self.server.complaint()}", self.output)
         if end is not None and end.status == -9:
             # Nobody here sent this signal: timeouts are reported before the child is killed.
             return ChildFailed("oom", f"was killed by the system, most likely out of memory{said}", self.output)

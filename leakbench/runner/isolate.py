@@ -187,7 +187,7 @@ class ChildServer:
             job, self._next = self._next, self._next + 1
         with self._changed:
             if -1 in self._exits:
-                raise ChildFailed("error", f"the child server ended: {self._complaint()}")
+                raise ChildFailed("error", f"the child server ended: {self.complaint()}")
             self._exits[job] = None
         output, printed = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(printed, True)
@@ -206,7 +206,7 @@ class ChildServer:
         except OSError:
             os.close(output)
             ours.close()
-            raise ChildFailed("error", f"the child server ended: {self._complaint()}") from None
+            raise ChildFailed("error", f"the child server ended: {self.complaint()}") from None
         finally:
             theirs.close()
             os.close(printed)
@@ -252,7 +252,8 @@ class ChildServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _complaint(self) -> str:
+    def complaint(self) -> str:
+        """Return the last line that the server itself printed."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no message"
