@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -300,10 +299,11 @@ _EXPECTED = "expected NAME, NAME(key=value, ...) or path/to/file.py:Class(...), 
 
 def _split(text: str) -> list[str]:
     """Cut at every ``+`` outside parentheses and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for before, char in pairwise(" " + text):
+    parts, depth, quote, escaped = [""], 0, "", False
+    for char in text:
         if quote:
-            quote = "" if char == quote and before != "\\" else quote
+            quote = "" if char == quote and not escaped else quote
+            escaped = char == "\\" and not escaped
         elif char in "\"'":
             quote = char
         elif char == "+" and depth == 0:

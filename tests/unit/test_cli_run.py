@@ -54,6 +54,9 @@ def script(monkeypatch, tmp_path):
             return self
 
         def __exit__(self, *_):
+            self.close()
+
+        def close(self):
             script.closed = True
 
         def preflight(self, jobs):

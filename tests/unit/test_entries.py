@@ -6,7 +6,7 @@ import importlib.metadata
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from leakbench import entries
@@ -59,6 +59,7 @@ def test_malformed_expressions_give_one_line(text):
 
 
 @settings(deadline=None)  # a busy machine is no failure
+@example([("a", {"a": "\\"}), ("a", {})])
 @given(st.lists(st.tuples(NAMES.filter(lambda n: n != "none"), st.dictionaries(NAMES, VALUES, max_size=3)), min_size=1))
 def test_an_expression_written_from_calls_parses_back(calls):
     import keyword
