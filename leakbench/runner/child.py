@@ -5,6 +5,7 @@ The runner's requests are trusted here; what goes back is checked again by the r
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import traceback
 from collections.abc import Callable, Mapping
@@ -51,7 +52,8 @@ def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     roles: dict[str, Callable[[Message], Reply]] = {}
-    send(sock, "hello", dict(detail))
+    with contextlib.suppress(ConnectionClosed):  # by the runner, which has no use for this child any more
+        send(sock, "hello", dict(detail))
     while True:
         try:
             message = receive(sock, limit=NO_LIMIT)
