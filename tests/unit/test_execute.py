@@ -110,8 +110,10 @@ MALICIOUS = PASSIVE.model_copy(
 def entries(tmp_path_factory):
     path = tmp_path_factory.mktemp("entries") / "mine.py"
     path.write_text(ENTRIES)
-    resolve_all([("attack", f"{path}:{name}") for name in CLASSES] + [("defense", f"{path}:Plain")])
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAKBENCH_CACHE", str(path.parent / "cache"))
+        resolve_all([("attack", f"{path}:{name}") for name in CLASSES] + [("defense", f"{path}:Plain")])
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -294,21 +296,20 @@ def test_a_block_that_does_not_fit_is_refused_with_a_size_that_does(runner, job,
         runner.preflight([job("Honest", trials=fits + 1)])
 
 
-def test_this_process_imports_no_entry(tmp_path):
-    code = """
+def test_this_process_imports_no_entry(entries):
+    code = f"""
     import sys
     import leakbench
     from leakbench.tasks import Architecture, BatchSpec, Task
 
     task = Task(dataset="digits", architecture=Architecture(name="mlp"), batch=BatchSpec(size=4))
-    rows = leakbench.evaluate("llg", task, "gaussian_noise(std=0.1)", trials=2, isolation="process")
-    assert set(rows.status) == {"ok"}, rows.error[0]
-    held = [name for name in sys.modules if name.startswith("leakbench_baselines.")]
+    rows = leakbench.evaluate("{entries}:Honest", task, "{entries}:Plain", trials=2, isolation="process")
+    assert set(rows.status) == set(["ok"]), rows.error[0]
+    held = [name for name in sys.modules if name.startswith(("leakbench_baselines.", "leakbench_entry", "mine"))]
     assert held == [], held
     """
-    environment = {**os.environ, "LEAKBENCH_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 

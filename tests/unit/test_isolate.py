@@ -286,18 +286,6 @@ def descendants(pid: int) -> list[int]:
     return children + [one for child in children for one in descendants(child)]
 
 
-def test_a_server_that_was_killed_says_so(tmp_path):
-    with ChildServer("process", files=[tmp_path]) as started:
-        child = started.spawn()
-        os.kill(server_process(started), 9)
-        with pytest.raises(ChildFailed):
-            child.ask("describe", {"entries": []}, expect="described", seconds=20)
-        assert not started.alive
-        with pytest.raises(ChildFailed, match="server ended"):
-            started.spawn()
-        child.close()
-
-
 def test_describing_survives_every_file(tmp_path):
     codes = {
         "hangs": ("import time; time.sleep(60)", "took longer"),
@@ -313,7 +301,7 @@ def test_describing_survives_every_file(tmp_path):
         (tmp_path / f"{name}.py").write_text(code)
         path = str(tmp_path / f"{name}.py")
         requests.append({"kind": "attack", "name": name, "module": None, "path": path, "class_name": None})
-    answers = describe_entries(requests, "process", seconds=3)
+    answers = describe_entries(requests, "process", seconds=2)
     for (name, (_, says)), answer in zip(codes.items(), answers, strict=True):
         assert says in answer["error"], name
         assert answer["error"].isprintable()

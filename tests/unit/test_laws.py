@@ -16,6 +16,7 @@ import pytest
 
 from leakbench.keys import DEVELOPMENT, Season
 from leakbench.results import load_rows
+from leakbench.runner.artefacts import Artefacts
 from leakbench.runner.bubblewrap import bubblewrap_works
 from leakbench.runner.execute import Runner
 from leakbench.runner.plan import plan, shard
@@ -218,9 +219,8 @@ def test_artefact_is_computed_once(place, lab):
     assert len(jobs) == 3
     rows = lab.measure(jobs, workers=3)
     assert rows.prepare_seconds.nunique() == 1, "jobs at work at the same time computed it twice"
-    with Runner(place / "later", season=DEVELOPMENT, isolation="process") as runner:
-        runner._shop.artefacts = type(runner._shop.artefacts)(lab.folder / "artefacts")
-        again = Lab(runner, place / "later").measure(jobs)
+    lab.runner._shop.artefacts = Artefacts(lab.folder / "artefacts")  # as a later run finds them
+    again = lab.measure(jobs)
     assert set(again.prepare_seconds) == set(rows.prepare_seconds), "a later run computed it again"
     same(again, rows)
 
@@ -230,19 +230,18 @@ def test_sigkill_at_any_moment_loses_nothing(place, reference):
     command = [sys.executable, "-c", "from leakbench.cli import main; main()", "run", suite(place)]
     command += ["--out", str(out), "--workers", "1", "--isolation", "process"]
     moments = random.SystemRandom()
-    finished: dict[Path, tuple[int, int]] = {}
-    for files in (1, moments.randrange(4, 12)):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 240
-            while len(_files(out)) < files and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            time.sleep(moments.uniform(0, 0.1))
-            family = _descendants(process.pid)
-            process.send_signal(signal.SIGKILL)
-        assert family, "it was killed too late to tell anything"
-        assert _end(family), "the child server or its children outlived the run"
-        assert finished.items() <= _files(out).items(), "a finished job was done again"
-        finished = _files(out)
+    enough, pause = moments.randrange(1, 12), moments.uniform(0, 0.1)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 240
+        while len(_files(out)) < enough and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(pause)
+        family = _descendants(process.pid)
+        process.send_signal(signal.SIGKILL)
+    assert family, "it was killed too late to tell anything"
+    assert _end(family), "the child server or its children outlived the run"
+    finished = _files(out)
+    assert enough <= len(finished) < len(reference) // 4
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert finished.items() <= _files(out).items(), "a finished job was done again"
