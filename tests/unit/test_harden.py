@@ -44,16 +44,16 @@ def attempt(function, *arguments):
 
 @needs_landlock
 def test_landlock_leaves_only_the_named_folders(tmp_path):
-    for name in ("open", "work", "secret"):
+    for name in ("open", "desk", "secret"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     code = f"""
-    harden.landlock({[str(tmp_path / "open"), "/does/not/exist"]}, {[str(tmp_path / "work"), "/dev/null"]})
+    harden.landlock({[str(tmp_path / "open"), "/does/not/exist"]}, {[str(tmp_path / "desk"), "/dev/null"]})
     print(attempt(open, "{tmp_path}/open/file"), attempt(open, "{tmp_path}/open/file", "a"),
-          attempt(open, "{tmp_path}/work/new", "w"), attempt(open, "{tmp_path}/secret/file"),
+          attempt(open, "{tmp_path}/desk/new", "w"), attempt(open, "{tmp_path}/secret/file"),
           attempt(os.listdir, "{tmp_path}"), attempt(os.listdir, "{tmp_path}/secret"),
           attempt(os.truncate, "{tmp_path}/open/file", 0), attempt(open, "/dev/null", "w"),
-          attempt(os.rename, "{tmp_path}/work/new", "{tmp_path}/secret/new"))
+          attempt(os.rename, "{tmp_path}/desk/new", "{tmp_path}/secret/new"))
     """
     said = run(TRY + textwrap.dedent(code)).split()
     denied = "PermissionError"
