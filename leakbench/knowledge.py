@@ -203,6 +203,17 @@ class Knowledge:
             create_graph=create_graph,
         ).tensors
 
+    def forward(self, inputs: Tensor, *, model: Model | None = None) -> tuple[Tensor, Tensor]:
+        """Return logits (T, n, C) and the last layer's inputs (T, n, d), BatchNorm in the clients' mode.
+
+        Args:
+            inputs: (T, n, *input_shape); where the weights are shared, any leading dimension will do.
+            model: What to run; the model that the clients received where None.
+        """
+        with torch.no_grad():
+            logits, features, _ = (model or self.model).run(inputs, batch_norm=self._facts.protocol.batch_norm)
+        return logits, features
+
     def simulate(self, inputs: Tensor, labels: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
         """Run the task's own client on (T, N, ...) candidate examples; see `Client.update`.
 
@@ -336,6 +347,20 @@ class Observation(Knowledge):
     def head_bias(self) -> Tensor:
         """(T, C) `gradient` of the last linear layer's bias."""
         return self._head("bias")
+
+    @property
+    def mean_head_weight(self) -> Tensor:
+        """(T, C, d) `head_weight` per local step and example: the mean loss's gradient, averaged over local steps."""
+        return self.head_weight / self._examples_per_unit
+
+    @property
+    def mean_head_bias(self) -> Tensor:
+        """(T, C) `head_bias` per local step and example: softmax minus one-hot label, averaged over all examples."""
+        return self.head_bias / self._examples_per_unit
+
+    @property
+    def _examples_per_unit(self) -> int:
+        return self.local_steps * (self.batch_size if self._facts.protocol.reduction == "sum" else 1)
 
     def _head(self, part: str) -> Tensor:
         name = f"{self.model.head}.{part}"

@@ -193,19 +193,20 @@ class Architecture(Part):
     """Name in leakbench.models, or ``torchvision/NAME`` or ``timm/NAME``."""
     init: str = "default"
     """``default``: the architecture's own initialisation; ``uniform(A)``: all weights and biases from U(-A, A), the
-    DLG/LLG convention with A = 0.5."""
+    DLG/LLG convention with A = 0.5; ``kaiming``: convolutions He-normal by their outputs (He et al. 2015), the rest as
+    ``default``."""
     params: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Constructor arguments, e.g. ``width``."""
 
     @model_validator(mode="after")
     def _init_is_known(self) -> Architecture:
-        if self.init != "default" and not re.fullmatch(r"uniform\((\d+\.?\d*|\.\d+)\)", self.init):
-            raise ValueError(f"init: expected default or uniform(A), e.g. uniform(0.5); got {self.init!r}")
+        if self.init not in ("default", "kaiming") and not re.fullmatch(r"uniform\((\d+\.?\d*|\.\d+)\)", self.init):
+            raise ValueError(f"init: expected default, kaiming or uniform(A), e.g. uniform(0.5); got {self.init!r}")
         return self
 
     @property
     def label(self) -> str:
-        """Short name, e.g. ``lenet_sigmoid-uniform0.5``."""
+        """Short name, e.g. ``lenet_zhu-uniform0.5``."""
         extra = "".join(f"-{k}{v}" for k, v in sorted(self.params.items()))
         init = "" if self.init == "default" else "-" + self.init.replace("(", "").replace(")", "")
         return self.name.replace("/", ".") + extra + init

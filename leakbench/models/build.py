@@ -89,7 +89,11 @@ def initialised(
     """
     with seeded(seed):
         module = build_module(architecture, input_shape, num_classes, transform)
-        if architecture.init != "default":
+        if architecture.init == "kaiming":
+            for layer in module.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif architecture.init != "default":
             bound = float(re.sub(r"[^\d.]", "", architecture.init))
             for parameter in module.parameters():
                 parameter.uniform_(-bound, bound)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from leakbench.errors import unknown
 from leakbench.registry import Registry
+from leakbench.tasks import Architecture
 
 ZOOS = ("torchvision", "timm")
 """Libraries whose classifiers are available as ``LIBRARY/NAME``."""
@@ -21,8 +22,8 @@ class ArchitectureSpec:
             ``nn.Module`` that ends in a linear layer.
         description: One line.
         reference: Authors, year, arXiv id or venue.
-        nonnegative_features: Whether the input of the last layer is never negative (the condition of LLG-like
-            attacks); None when unknown.
+        nonnegative_features: Whether the input of the last layer is never negative with default parameters (the
+            condition of LLG-like attacks); None when unknown.
         batch_norm: Whether there are BatchNorm layers; None when unknown.
     """
 
@@ -60,19 +61,34 @@ def architecture_spec(name: str) -> ArchitectureSpec:
     return ARCHITECTURES.get(name)
 
 
+_NONNEGATIVE = frozenset({"relu", "sigmoid", "softplus"})
+
+
+def nonnegative_features(architecture: Architecture) -> bool | None:
+    """Return whether the input of the last layer is never negative; None when unknown.
+
+    Raises:
+        UserError: There is no such architecture.
+    """
+    activation = architecture.params.get("activation")
+    if architecture.params.get("depth") == 0 or (activation is not None and activation not in _NONNEGATIVE):
+        return False
+    return True if activation else architecture_spec(architecture.name).nonnegative_features
+
+
 for _spec in (
     ArchitectureSpec(
         "mlp",
         "leakbench.models.small:mlp",
-        "fully connected ReLU net; params: width (300), depth (2 hidden layers)",
+        "fully connected net; params: width (300), depth (2 hidden layers), activation (relu)",
         "FCN-3 of Ma et al., iLRG, ICLR 2023",
         nonnegative_features=True,
         batch_norm=False,
     ),
     ArchitectureSpec(
-        "lenet_sigmoid",
-        "leakbench.models.small:lenet_sigmoid",
-        "three 5x5 convolutions of 12 channels with sigmoids; use init uniform(0.5) for the papers' setting",
+        "lenet_zhu",
+        "leakbench.models.small:lenet_zhu",
+        "LeNet of DLG, CNN of LLG: three 5x5 convolutions; params: activation (sigmoid); their init: uniform(0.5)",
         "Zhu et al. 2019, DLG, arXiv:1906.08935; Wainakh et al. 2022, LLG, arXiv:2105.09369",
         nonnegative_features=True,
         batch_norm=False,
@@ -80,10 +96,18 @@ for _spec in (
     ArchitectureSpec(
         "lenet5",
         "leakbench.models.small:lenet5",
-        "LeNet-5 with ReLU and max pooling; inputs of at least 12x12",
+        "LeNet-5 with max pooling; params: activation (relu), batch_norm (false); inputs of at least 12x12",
         "LeCun et al. 1998, Proc. IEEE 86(11)",
         nonnegative_features=True,
         batch_norm=False,
+    ),
+    ArchitectureSpec(
+        "vgg",
+        "leakbench.models.small:vgg",
+        "VGG with BatchNorm for small images; params: depth (16); inputs of at least 32x32",
+        "Simonyan & Zisserman 2014, arXiv:1409.1556",
+        nonnegative_features=True,
+        batch_norm=True,
     ),
     ArchitectureSpec(
         "convnet",

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from leakbench.errors import LeakbenchError, UserError
 from leakbench.models.batch_norm import ExplicitBatchNorm
 from leakbench.models.build import first_line, head_name, initialised, skeleton
-from leakbench.models.catalogue import architecture_spec
+from leakbench.models.catalogue import nonnegative_features
 
 if TYPE_CHECKING:
     from leakbench.tasks import Architecture
@@ -88,7 +88,7 @@ class Model:
     @property
     def nonnegative_features(self) -> bool | None:
         """Whether the input of the last layer is never negative; None when unknown."""
-        return architecture_spec(self.architecture.name).nonnegative_features
+        return nonnegative_features(self.architecture)
 
     @property
     def draws(self) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from leakbench.errors import unknown
+
 
 class Classifier(nn.Module):
     """A body that ends in flat features, and a linear head called ``fc``.
@@ -39,40 +41,79 @@ def _named(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def mlp(input_shape: tuple[int, ...], num_classes: int, *, width: int = 300, depth: int = 2) -> nn.Module:
-    """Return a fully connected ReLU net with ``depth`` hidden layers of ``width`` (FCN-3 of iLRG, Ma et al. 2023)."""
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu": nn.ReLU,
+    "selu": nn.SELU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in _ACTIVATIONS:
+        raise unknown("activation", name, _ACTIVATIONS)
+    return _ACTIVATIONS[name]()
+
+
+def mlp(
+    input_shape: tuple[int, ...], num_classes: int, *, width: int = 300, depth: int = 2, activation: str = "relu"
+) -> nn.Module:
+    """Return a fully connected net with ``depth`` hidden layers of ``width`` (FCN-3 of iLRG, Ma et al. 2023).
+
+    Raises:
+        UserError: There is no such activation.
+    """
     layers: list[tuple[str, nn.Module]] = [("flatten", nn.Flatten())]
     size = math.prod(input_shape)
     for i in range(depth):
-        layers += [(f"linear{i}", nn.Linear(size, width)), (f"relu{i}", nn.ReLU())]
+        layers += [(f"linear{i}", nn.Linear(size, width)), (f"{activation}{i}", _activation(activation))]
         size = width
     return Classifier(_named(layers), input_shape, num_classes)
 
 
-def lenet_sigmoid(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Return the net of DLG (Zhu et al. 2019, arXiv:1906.08935), the "CNN" of LLG (Wainakh et al. 2022)."""
+def lenet_zhu(input_shape: tuple[int, ...], num_classes: int, *, activation: str = "sigmoid") -> nn.Module:
+    """Return the net of DLG (Zhu et al. 2019, arXiv:1906.08935), the "CNN" of LLG (Wainakh et al. 2022).
+
+    Raises:
+        UserError: There is no such activation.
+    """
     layers: list[tuple[str, nn.Module]] = []
     channels = input_shape[0]
     for i, stride in enumerate((2, 2, 1)):
-        layers += [(f"conv{i}", nn.Conv2d(channels, 12, 5, stride=stride, padding=2)), (f"sigmoid{i}", nn.Sigmoid())]
+        layers += [
+            (f"conv{i}", nn.Conv2d(channels, 12, 5, stride=stride, padding=2)),
+            (f"{activation}{i}", _activation(activation)),
+        ]
         channels = 12
     return Classifier(_named([*layers, ("flatten", nn.Flatten())]), input_shape, num_classes)
 
 
-def lenet5(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Return LeNet-5 (LeCun et al. 1998), 28x28 inputs padded to 32x32, with today's ReLU and max pooling."""
-    convolutions = _named(
-        [
-            ("conv0", nn.Conv2d(input_shape[0], 6, 5, padding=2 if input_shape[-1] <= 28 else 0)),
-            ("relu0", nn.ReLU()),
-            ("pool0", nn.MaxPool2d(2)),
-            ("conv1", nn.Conv2d(6, 16, 5)),
-            ("relu1", nn.ReLU()),
-            ("pool1", nn.MaxPool2d(2)),
-            ("flatten", nn.Flatten()),
-        ]
-    )
-    dense = [nn.Linear(_width(convolutions, input_shape), 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()]
+def lenet5(
+    input_shape: tuple[int, ...], num_classes: int, *, activation: str = "relu", batch_norm: bool = False
+) -> nn.Module:
+    """Return LeNet-5 (LeCun et al. 1998), 28x28 inputs padded to 32x32, with today's ReLU and max pooling.
+
+    Raises:
+        UserError: There is no such activation.
+    """
+    layers: list[tuple[str, nn.Module]] = []
+    channels, padding = input_shape[0], 2 if input_shape[-1] <= 28 else 0
+    for i, width in enumerate((6, 16)):
+        layers.append((f"conv{i}", nn.Conv2d(channels, width, 5, padding=0 if i else padding)))
+        if batch_norm:
+            layers.append((f"bn{i}", nn.BatchNorm2d(width)))
+        layers += [(f"{activation}{i}", _activation(activation)), (f"pool{i}", nn.MaxPool2d(2))]
+        channels = width
+    convolutions = _named([*layers, ("flatten", nn.Flatten())])
+    dense: list[nn.Module] = []
+    size = _width(convolutions, input_shape)
+    for width in (120, 84):
+        dense += [nn.Linear(size, width), _activation(activation)]
+        size = width
     return Classifier(nn.Sequential(convolutions, *dense), input_shape, num_classes)
 
 
@@ -90,3 +131,27 @@ def convnet(input_shape: tuple[int, ...], num_classes: int, *, width: int = 64) 
         if i in (5, 7):
             layers.append((f"pool{i // 7}", nn.MaxPool2d(3)))
     return Classifier(_named([*layers, ("flatten", nn.Flatten())]), input_shape, num_classes)
+
+
+_VGG_BLOCKS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+
+
+def vgg(input_shape: tuple[int, ...], num_classes: int, *, depth: int = 16) -> nn.Module:
+    """Return VGG (Simonyan & Zisserman 2014, arXiv:1409.1556) for small images, with BatchNorm and 4,096-wide layers.
+
+    Raises:
+        ValueError: ``depth`` is none of 11, 13, 16, 19.
+    """
+    if depth not in _VGG_BLOCKS:
+        raise ValueError(f"depth: expected one of {', '.join(map(str, _VGG_BLOCKS))}, got {depth}")
+    layers: list[nn.Module] = []
+    channels = input_shape[0]
+    for repeats, width in zip(_VGG_BLOCKS[depth], (64, 128, 256, 512, 512), strict=True):
+        for _ in range(repeats):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    convolutions = nn.Sequential(*layers, nn.Flatten())
+    size = _width(convolutions, input_shape)
+    dense = [nn.Linear(size, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()]
+    return Classifier(nn.Sequential(convolutions, *dense), input_shape, num_classes)

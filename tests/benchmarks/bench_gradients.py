@@ -32,7 +32,7 @@ def main() -> int:
     """Measure, print and return the exit status."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    model = build_model(Architecture(name="lenet_sigmoid", init="uniform(0.5)"), SHAPE, CLASSES, seeds=[0])
+    model = build_model(Architecture(name="lenet_zhu", init="uniform(0.5)"), SHAPE, CLASSES, seeds=[0])
     inputs = torch.rand(TRIALS, BATCH, *SHAPE)
     labels = torch.randint(CLASSES, (TRIALS, BATCH))
     state = {k: v[0].clone().requires_grad_() for k, v in model.parameters.items()}

@@ -15,7 +15,7 @@ from leakbench.tasks import Architecture
 C, T, B = 5, 3, 4
 NETS = {
     "mlp": ({"width": 6, "depth": 1}, (1, 3, 3)),
-    "lenet_sigmoid": ({}, (1, 5, 5)),
+    "lenet_zhu": ({}, (1, 5, 5)),
     "convnet": ({"width": 1}, (1, 9, 9)),
 }
 

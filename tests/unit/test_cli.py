@@ -99,7 +99,7 @@ def test_entries_are_listed_with_what_a_row_needs(leakbench, kind):
         assert item["reference"]
 
 
-@pytest.mark.parametrize("name", ["llg", "topk", "digits", "lenet_sigmoid", "instance_recall", "quick"])
+@pytest.mark.parametrize("name", ["llg", "topk", "digits", "lenet_zhu", "instance_recall", "quick"])
 def test_show_finds_a_name_of_any_kind(leakbench, name):
     code, text, _ = leakbench("show", name)
     assert code == 0

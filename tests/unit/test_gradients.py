@@ -17,7 +17,7 @@ from leakbench.tasks import Architecture
 C, T, B = 5, 3, 4
 NETS = {
     "mlp": ({"width": 7}, (1, 4, 4)),
-    "lenet_sigmoid": ({}, (1, 8, 8)),
+    "lenet_zhu": ({}, (1, 8, 8)),
     "lenet5": ({}, (1, 12, 12)),
     "convnet": ({"width": 2}, (3, 9, 9)),
     "resnet18": ({"width": 2}, (1, 8, 8)),
@@ -93,7 +93,7 @@ def test_gradients_equal_those_of_a_loop(name, draws, batch_norm, soft, reductio
 
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])
 @pytest.mark.parametrize("draws", [1, T])
-@pytest.mark.parametrize("name", ["lenet_sigmoid", "resnet20"])
+@pytest.mark.parametrize("name", ["lenet_zhu", "resnet20"])
 def test_named_tensors_equal_those_among_all(name, draws, batch_norm):
     model, inputs, labels = make(name, draws)
     expected, _, buffers = loop(model, inputs, labels, batch_norm)
@@ -137,7 +137,7 @@ def test_per_example_gradients_equal_those_of_a_loop(name, draws):
 @settings(max_examples=20, deadline=None)
 @given(trials=st.integers(1, 9), batch=st.integers(1, 5), chunk=st.integers(1, 10), draws=st.sampled_from(["1", "T"]))
 def test_the_chunk_changes_no_number(trials, batch, chunk, draws):
-    model, inputs, labels = make("lenet_sigmoid", 1 if draws == "1" else trials, trials, batch)
+    model, inputs, labels = make("lenet_zhu", 1 if draws == "1" else trials, trials, batch)
     expected = per_trial_gradients(model, inputs, labels, chunk=trials)
     close(per_trial_gradients(model, inputs, labels, chunk=chunk).tensors, expected.tensors)
 
@@ -165,5 +165,5 @@ def test_per_example_gradients_refuse_shared_batch_statistics():
 
 
 def test_the_chunk_depends_on_shapes_alone():
-    model, inputs, _ = make("lenet_sigmoid", 1)
+    model, inputs, _ = make("lenet_zhu", 1)
     assert default_chunk(model, inputs) == default_chunk(model, torch.zeros_like(inputs)) == 64

@@ -87,7 +87,7 @@ def block(protocol, batch, *, trials=4, auxiliary=80):
     inputs = batch * protocol.local_batches
     picks = torch.randint(0, 1500, (trials, inputs), generator=torch.Generator().manual_seed(11))
     picks[:, : inputs // 2] = picks[:, :1]  # repeated labels
-    model = build_model(Architecture(name="lenet_sigmoid"), SPEC.shape, CLASSES, seeds=range(trials))
+    model = build_model(Architecture(name="lenet_zhu"), SPEC.shape, CLASSES, seeds=range(trials))
     facts = Facts(
         granted=ThreatModel(auxiliary=auxiliary).granted(),
         protocol=protocol,

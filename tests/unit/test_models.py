@@ -16,9 +16,9 @@ from leakbench.models.functional import build_model
 from leakbench.models.small import convnet
 from leakbench.tasks import Architecture
 
-SHAPES = {"lenet5": (1, 12, 12), "convnet": (1, 9, 9)}
+SHAPES = {"lenet5": (1, 12, 12), "convnet": (1, 9, 9), "vgg": (3, 32, 32)}
 PARAMETERS = {  # counted by hand from the papers' tables for the usual input and 10 classes
-    ("lenet_sigmoid", (3, 32, 32), 100): 3 * 300 + 12 + 2 * (3600 + 12) + 768 * 100 + 100,
+    ("lenet_zhu", (3, 32, 32), 100): 3 * 300 + 12 + 2 * (3600 + 12) + 768 * 100 + 100,
     ("lenet5", (1, 28, 28), 10): 61706,
     ("resnet20", (3, 32, 32), 10): 269722 + 512 + 64 + 2048 + 128,  # with identity shortcuts, and two projections
     ("resnet18", (3, 32, 32), 10): 11173962,
@@ -57,6 +57,29 @@ def test_what_the_catalogue_says_is_true(name):
     torch.testing.assert_close(model.logits(inputs), head)
 
 
+@pytest.mark.parametrize("name", ["mlp", "lenet_zhu", "lenet5"])
+@pytest.mark.parametrize("activation", ["elu", "leaky_relu", "relu", "selu", "sigmoid", "silu", "softplus", "tanh"])
+def test_features_are_nonnegative_where_the_catalogue_says_so(name, activation):
+    model = build(name, activation=activation)
+    inputs = 3 * torch.randn(2, 3, *model.input_shape)
+    assert (model.features(inputs).min() >= 0) == model.nonnegative_features
+
+
+def test_a_net_without_hidden_layers_has_the_features_of_its_inputs():
+    model = build("mlp", depth=0)
+    inputs = torch.randn(2, 3, *model.input_shape)
+    torch.testing.assert_close(model.features(inputs), inputs.flatten(2))
+    assert model.nonnegative_features is False
+
+
+@pytest.mark.parametrize(("depth", "convolutions"), [(11, 8), (13, 10), (16, 13), (19, 16)])
+def test_vgg_has_as_many_weight_layers_as_its_name_says(depth, convolutions):
+    model = build("vgg", depth=depth)
+    weights = [v for name, v in model.parameters.items() if name.endswith("weight")]
+    assert sum(v.dim() == 5 for v in weights) == convolutions
+    assert sum(v.dim() == 3 for v in weights) == depth - convolutions
+
+
 @pytest.mark.parametrize("init", ["default", "uniform(0.5)"])
 def test_a_seed_fixes_the_weights_and_nothing_global_changes(init):
     before = torch.get_rng_state()
@@ -83,7 +106,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_uniform_init_covers_weights_and_biases():
-    model = build("lenet_sigmoid", [0], "uniform(0.5)")
+    model = build("lenet_zhu", [0], "uniform(0.5)")
     for value in model.parameters.values():
         assert value.abs().max() <= 0.5
     assert model.parameters["fc.weight"].abs().max() > 0.49
@@ -148,7 +171,7 @@ def test_with_state_replaces_some_tensors_and_expands_the_others():
 @pytest.mark.parametrize(
     ("name", "shape", "params", "message"),
     [
-        ("lenet_sigmoyd", (1, 8, 8), {}, "unknown architecture 'lenet_sigmoyd'. Did you mean 'lenet_sigmoid'"),
+        ("lenet_zu", (1, 8, 8), {}, "unknown architecture 'lenet_sigmoyd'. Did you mean 'lenet_zhu'"),
         ("lenet5", (1, 8, 8), {}, "architecture 'lenet5' with params {} cannot be built for inputs 1x8x8"),
         ("convnet", (1, 8, 8), {}, "architecture 'convnet' with params {} cannot be built for inputs 1x8x8"),
         ("mlp", (1, 8, 8), {"widht": 3}, "widht"),

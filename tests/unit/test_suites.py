@@ -77,7 +77,7 @@ def test_a_grid_is_the_product_of_its_axes(known, tmp_path):
         tmp_path,
         content(
             dataset=["digits", "mnist"],
-            architecture=["mlp", {"name": "lenet_sigmoid", "init": "uniform(0.5)"}],
+            architecture=["mlp", {"name": "lenet_zhu", "init": "uniform(0.5)"}],
             stage=["untrained", "converged"],
             batch=[8, {"size": 4, "sampler": "unbalanced"}],
             protocol=["gradient", {"sends": "delta", "local_steps": 2, "lr": 0.1}],
@@ -93,7 +93,7 @@ def test_a_grid_is_the_product_of_its_axes(known, tmp_path):
     assert len(cells) == expected
     assert len({(c.task.hash, c.attack.label, tuple(d.label for d in c.defense)) for c in cells}) == expected
     seen = {(c.task.dataset, c.task.architecture.name, c.task.stage, c.task.batch.size) for c in cells}
-    assert seen == set(product(["digits", "mnist"], ["mlp", "lenet_sigmoid"], ["untrained", "converged"], [8, 4]))
+    assert seen == set(product(["digits", "mnist"], ["mlp", "lenet_zhu"], ["untrained", "converged"], [8, 4]))
 
 
 def test_a_scalar_is_an_axis_of_one_value(known, tmp_path):
@@ -182,7 +182,7 @@ def test_a_task_id_that_names_several_tasks_offers_their_hashes(known, tmp_path)
         ({"threat_model": 3}, ["grids[0].threat_model: expected a mapping", "got 3"]),
         ({"architecture": {"name": "mlp", "init": "normal"}}, ["grids[0].architecture", "uniform(A)"]),
         ({"architecture": {"init": "default"}}, ["grids[0].architecture.name: expected this key"]),
-        ({"architecture": "lenet_sigmod"}, ["grids[0].architecture", "Did you mean 'lenet_sigmoid'"]),
+        ({"architecture": "lenet_sigmod"}, ["grids[0].architecture", "Did you mean 'lenet_zhu'"]),
         ({"dataset": "mnits"}, ["grids[0].dataset", "Did you mean 'mnist'"]),
         ({"dataset": "gone.npz"}, ["grids[0].dataset", "gone.npz"]),
         ({"target": "label"}, ["grids[0].target", "Did you mean 'labels'"]),

@@ -234,7 +234,7 @@ def test_lanes_are_those_of_the_design(lane, changes):
         (ThreatModel, {"per_client": True}, "need adversary: malicious_server"),
         (ThreatModel, {"change_architecture": True}, "need adversary: malicious_server"),
         (Architecture, {"name": "mlp", "init": "normal"}, r"uniform\(A\), e.g. uniform\(0.5\); got 'normal'"),
-        (Architecture, {"name": "mlp", "init": "uniform(-1)"}, "expected default or uniform"),
+        (Architecture, {"name": "mlp", "init": "uniform(-1)"}, "expected default, kaiming or uniform"),
         (Architecture, {"name": "mlp", "params": {"width": [1]}}, "valid"),
         (Architecture, {"name": "mlp", "params": {"width": float("nan")}}, "finite"),
     ],
