@@ -30,6 +30,7 @@ class Block:
         model: M = T nets, or 1.
         inputs: (T, N, 1, 8, 8).
         labels: (T, N).
+        seeds: (T, 32) of the attacker's streams.
         knowledge: Arguments of `Knowledge`.
     """
 
@@ -38,6 +39,7 @@ class Block:
     model: Model
     inputs: Tensor
     labels: Tensor
+    seeds: Tensor
     knowledge: dict[str, Any] = field(repr=False)
 
     @property
@@ -53,7 +55,10 @@ class Block:
 
     def run(self, attack: Attack, update: dict[str, Tensor] | None = None) -> Tensor:
         """Counts (T, C) that the attack claims, for ``update`` or for what the clients send."""
-        prepared = attack.prepare(Knowledge(**self.knowledge))
+        # As in the harness, what is prepared belongs to models, of which there may be fewer than trials.
+        prepared = attack.prepare(
+            Knowledge(**{**self.knowledge, "random": TrialRandom(self.seeds[: self.model.draws])})
+        )
         observation = Observation(Seen([update or self.update()], prepared=prepared), **self.knowledge)
         counts = attack.run(observation).label_counts
         assert counts.shape == (len(self.labels), 1, CLASSES)
@@ -115,8 +120,8 @@ def digits_block(
     picks = torch.tensor(
         [[members[c][torch.randint(len(members[c]), (), generator=stream)] for c in row] for row in wanted.tolist()]
     )
-    seeds = range(1000 * seed, 1000 * seed + (models or trials))
-    model = build_model(Architecture(name=architecture, params=params), SPEC.shape, CLASSES, seeds=seeds)
+    draws = range(1000 * seed, 1000 * seed + (models or trials))
+    model = build_model(Architecture(name=architecture, params=params), SPEC.shape, CLASSES, seeds=draws)
     model = model.to(dtype=torch.float64)
     facts = Facts(
         granted=ThreatModel(auxiliary=auxiliary).granted(),
@@ -128,10 +133,11 @@ def digits_block(
         inputs_per_client=count,
         class_prior=(0.1,) * CLASSES,
     )
+    seeds = torch.arange(trials * 32).reshape(trials, 32).to(torch.uint8)
     knowledge = {
         "facts": facts,
-        "random": TrialRandom(torch.arange(trials * 32).reshape(trials, 32).to(torch.uint8)),
+        "random": TrialRandom(seeds),
         "model": model,
         "auxiliary": (images[-auxiliary:], targets[-auxiliary:]),
     }
-    return Block(protocol, batch, model, images[picks], targets[picks], knowledge)
+    return Block(protocol, batch, model, images[picks], targets[picks], seeds, knowledge)

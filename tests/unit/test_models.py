@@ -171,7 +171,7 @@ def test_with_state_replaces_some_tensors_and_expands_the_others():
 @pytest.mark.parametrize(
     ("name", "shape", "params", "message"),
     [
-        ("lenet_zu", (1, 8, 8), {}, "unknown architecture 'lenet_sigmoyd'. Did you mean 'lenet_zhu'"),
+        ("lenet_zu", (1, 8, 8), {}, "unknown architecture 'lenet_zu'. Did you mean 'lenet_zhu'"),
         ("lenet5", (1, 8, 8), {}, "architecture 'lenet5' with params {} cannot be built for inputs 1x8x8"),
         ("convnet", (1, 8, 8), {}, "architecture 'convnet' with params {} cannot be built for inputs 1x8x8"),
         ("mlp", (1, 8, 8), {"widht": 3}, "widht"),
