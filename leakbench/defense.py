@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from leakbench.entry import Entry
 from leakbench.errors import InvalidOutput
-from leakbench.models.functional import Model
+from leakbench.federation.gradients import Reduction
+from leakbench.models.functional import BatchNormMode, Model
 from leakbench.randomness import TrialRandom
 
 
@@ -31,6 +32,8 @@ class DefenseContext:
         random: Streams of this (defense, hook, trial, client, round, step).
         state: (T, ...) tensors that the harness keeps between steps and rounds of one client (error feedback).
         states: The harness's store of every part's ``state``.
+        batch_norm: How BatchNorm normalises in the client: ``eval`` or ``train``.
+        reduction: Of the loss over the batch: ``mean`` or ``sum``.
     """
 
     model: Model
@@ -44,6 +47,8 @@ class DefenseContext:
     random: TrialRandom
     state: dict[str, Tensor] = field(default_factory=dict)
     states: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    batch_norm: BatchNormMode = "eval"
+    reduction: Reduction = "mean"
 
 
 class Defense(Entry):
@@ -56,6 +61,8 @@ class Defense(Entry):
     """Where it acts: ``model``, ``batch``, ``per_example``, ``step``, ``update``."""
     strength: ClassVar[tuple[str, str] | None] = None
     """The swept parameter and which way is stronger: ``("std", "higher")``."""
+    merges: ClassVar[int] = 1
+    """How many private examples of a batch go into one that the client trains on."""
 
     @property
     def tensorwise(self) -> bool:

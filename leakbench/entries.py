@@ -70,6 +70,8 @@ class Description(Part):
     """Defense: hooks of the client it changes."""
     strength: tuple[str, str] | None = None
     """Defense: the swept parameter and which way is stronger."""
+    merges: Annotated[int, Field(ge=1)] = 1
+    """Defense: how many private examples go into one that the client trains on."""
     params: dict[str, Value] = Field(default_factory=dict)
     """Constructor arguments with their defaults."""
     required: tuple[str, ...] = ()

@@ -97,6 +97,8 @@ class Client:
                 lr=protocol.lr,
                 random=random.at(round_index, client, step),
                 states=state.defense,
+                batch_norm=protocol.batch_norm,
+                reduction=protocol.reduction,
             )
             grads, trained, ctx = self._gradient(trained, ctx, computed, create_graph=create_graph)
             if not single:

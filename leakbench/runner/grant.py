@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,17 +11,19 @@ import torch
 from torch import Tensor
 
 from leakbench.data import Dataset
+from leakbench.entries import EntrySpec
 from leakbench.models.functional import flat_state
 from leakbench.runner.scene import Weights
 from leakbench.tasks import Protocol, Task
 
 
-def granted_names(task: Task, weights: Weights) -> frozenset[str]:
-    """Return everything an attack's ``needs`` may count on: the grants, and the facts of the task."""
+def granted_names(task: Task, weights: Weights, defense: Sequence[EntrySpec] = ()) -> frozenset[str]:
+    """Return everything an attack's ``needs`` may count on: the grants, and the facts of the task and its defense."""
+    merged = math.ceil(task.batch.size / math.prod(part.description.merges for part in defense))
     facts = {
         "head_bias": weights.has_head_bias,
         "nonnegative_features": weights.nonnegative_features is True,
-        "single_example": task.inputs_per_client * task.protocol.clients == 1,
+        "single_example": merged * task.protocol.local_batches * task.protocol.clients == 1,
     }
     return task.threat_model.granted() | {name for name, true in facts.items() if true}
 

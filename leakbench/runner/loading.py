@@ -134,6 +134,7 @@ def describe_class(cls: type[Entry], kind: str, name: str) -> dict[str, Any]:
     elif issubclass(cls, Defense):
         described["acts_on"] = [hook for hook in HOOKS if getattr(cls, hook) is not getattr(Defense, hook)]
         described["strength"] = list(cls.strength) if cls.strength else None
+        described["merges"] = cls.merges
     return described
 
 
