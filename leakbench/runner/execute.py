@@ -160,7 +160,7 @@ class Runner:
         try:
             victims = self._shop.scenes.victims(job.task, job.trials)
             weights = self._shop.weights(job)
-            missing = set(job.attack.description.needs) - granted_names(job.task, weights)
+            missing = set(job.attack.description.needs) - granted_names(job.task, weights, job.defense)
             if missing:
                 outcome.fail("not_applicable", f"the task does not grant: {', '.join(sorted(missing))}")
             else:
