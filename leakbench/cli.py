@@ -81,6 +81,7 @@ def cli() -> None:
 @click.option("--fresh", is_flag=True, help="Measure again what other leakbench code measured.")
 @click.option("--keep", is_flag=True, help="Keep what other leakbench code measured.")
 @click.option("--retry-failed", is_flag=True, help="Run again the jobs that failed or lacked data or weights.")
+@click.option("--only-available", is_flag=True, help="Leave out the jobs whose data is not at hand.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def run(
     suite: str,
@@ -96,6 +97,7 @@ def run(
     fresh: bool,
     keep: bool,
     retry_failed: bool,
+    only_available: bool,
     as_json: bool,
 ) -> int:
     """Run SUITE (a name or a YAML file) and write one row per trial.
@@ -125,6 +127,7 @@ def run(
         season_key=season_key,
         other_code="fresh" if fresh else "keep" if keep else "stop",
         retry_failed=retry_failed,
+        only_available=only_available,
         command=again,
     )
     try:

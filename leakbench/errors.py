@@ -17,6 +17,10 @@ class UserError(LeakbenchError):
     """
 
 
+class Unavailable(UserError):
+    """Something that a task needs, a dataset or pretrained weights, cannot be had here; its rows say so."""
+
+
 class NotGranted(LeakbenchError):
     """An entry read knowledge that the task's threat model does not grant."""
 

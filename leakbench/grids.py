@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from leakbench.entries import NO_DEFENSE, EntrySpec, chain_label, resolve_all
 from leakbench.errors import UserError
-from leakbench.tasks import Architecture, BatchSpec, Part, Protocol, StageName, Task, ThreatModel
+from leakbench.tasks import Architecture, BatchSpec, Part, Protocol, Stage, Task, ThreatModel
 
 ModelDraws = Literal["one", "per_trial"]
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Grid(Part):
     """Names in leakbench.data or ``.npz`` files."""
     architecture: Annotated[tuple[Architecture, ...], _axis("name"), Field(min_length=1)]
     """Names, or mappings with name, init, params."""
-    stage: _Axis[StageName] = ("untrained",)
+    stage: _Axis[Stage] = ("untrained",)
     """How far the model was trained."""
     batch: Annotated[tuple[BatchSpec, ...], _axis("size"), Field(min_length=1)] = (BatchSpec(),)
     """Batch sizes, or mappings with size, sampler, alpha."""

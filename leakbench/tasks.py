@@ -11,11 +11,20 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-Sampler = Literal["iid", "unique", "unbalanced", "single_class", "dirichlet"]
+from leakbench.errors import did_you_mean
+
+Sampler = Literal["iid", "unique", "unbalanced", "single_class", "balanced", "dirichlet"]
 BNStatistics = Literal["none", "running", "updated_running", "exact_batch"]
-StageName = Literal["untrained", "early", "mid", "converged", "pretrained"]
 
 LANES = (
     "legacy_upper_bound",
@@ -66,20 +75,35 @@ class BatchSpec(Part):
     """Examples per batch (B)."""
     sampler: Sampler = "iid"
     """``iid``: examples uniformly; ``unique``: B distinct classes; ``unbalanced``: LLG's 50% class a, 25% class b,
-    the rest iid (Wainakh et al. 2022); ``single_class``; ``dirichlet``: class proportions from Dirichlet(alpha)."""
+    the rest iid (Wainakh et al. 2022); ``single_class``; ``balanced``: as many of each of some ``classes``;
+    ``dirichlet``: class proportions from Dirichlet(alpha)."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Concentration of the ``dirichlet`` sampler; only there."""
+    classes: Annotated[int, Field(ge=1)] | None = None
+    """Number of classes of the ``balanced`` sampler, which are drawn anew for every client; only there."""
+
+    @model_serializer(mode="wrap")
+    def _unused_classes_leave_no_trace(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The field is younger than published hashes of tasks that do not use it.
+        content: dict[str, Any] = default(self)
+        return {key: value for key, value in content.items() if key != "classes" or value is not None}
 
     @model_validator(mode="after")
-    def _alpha_belongs_to_dirichlet(self) -> BatchSpec:
+    def _parameters_belong_to_their_samplers(self) -> BatchSpec:
         if (self.sampler == "dirichlet") != (self.alpha is not None):
             raise ValueError("alpha is needed by the dirichlet sampler and by no other")
+        if (self.sampler == "balanced") != (self.classes is not None):
+            raise ValueError("classes is needed by the balanced sampler and by no other")
+        if self.classes is not None and self.classes > self.size:
+            raise ValueError(f"classes: expected at most the batch size, {self.size}, got {self.classes}")
         return self
 
     @property
     def label(self) -> str:
         """Short name, e.g. ``b8-unbalanced``."""
-        return f"b{self.size}-{self.sampler}" + (f"{self.alpha:g}" if self.alpha is not None else "")
+        return f"b{self.size}-{self.sampler}" + (
+            f"{self.alpha or self.classes:g}" if self.alpha or self.classes else ""
+        )
 
 
 class Protocol(Part):
@@ -186,6 +210,68 @@ class ThreatModel(Part):
         return frozenset(names)
 
 
+STAGES = ("untrained", "early", "mid", "converged", "pretrained")
+"""Stages by name; the others are runs of plain SGD, see `SGDStage`."""
+
+
+class SGDStage(Part):
+    """A model after some steps of SGD on the private split, written ``sgd(steps=100, ...)``: papers' own schedules.
+
+    Batches are drawn without replacement within a pass over the split; the last, smaller batch of a pass is left out.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    """Steps."""
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    """Learning rate."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Examples per step."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Nesterov momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 weight decay."""
+    drops: bool = False
+    """Whether the learning rate drops tenfold after 3/8, 5/8 and 7/8 of the steps."""
+
+    @classmethod
+    def parse(cls, stage: str) -> SGDStage | None:
+        """Return what ``stage`` spells, or None where it is a name.
+
+        Raises:
+            ValueError: It is neither a name nor an ``sgd(...)`` that can be read.
+        """
+        if stage in STAGES:
+            return None
+        inner = re.fullmatch(r"sgd\((.*)\)", stage.replace(" ", ""))
+        fields = [part.partition("=") for part in inner[1].split(",")] if inner else []
+        try:
+            return cls.model_validate_json(json.dumps({key: json.loads(value) for key, _, value in fields}))
+        except ValueError:
+            options = ", ".join(list(cls.model_fields)[1:])
+            raise ValueError(
+                f"stage: expected {', '.join(STAGES)}, or sgd(steps=N) with any of {options}, e.g. "
+                f"sgd(steps=100, lr=0.1, batch_size=8); got {stage!r}.{did_you_mean(stage, STAGES)}"
+            ) from None
+
+    @property
+    def label(self) -> str:
+        """Short name, e.g. ``sgd100`` or ``sgd100-batch_size128``."""
+        changed = self.model_dump(exclude_defaults=True, exclude={"steps"})
+        return f"sgd{self.steps}" + "".join(f"-{key}{value}" for key, value in changed.items())
+
+    def __str__(self) -> str:
+        changed = self.model_dump(exclude_defaults=True)
+        return "sgd(" + ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items()) + ")"
+
+
+def _stage(value: str) -> str:
+    """Return the one spelling of a stage, so that equal stages have equal hashes."""
+    return str(SGDStage.parse(value) or value)
+
+
+Stage = Annotated[str, AfterValidator(_stage)]
+
+
 class Architecture(Part):
     """A named constructor of a classifier."""
 
@@ -221,7 +307,7 @@ class Task(Part):
     """Whether inputs are normalised with the dataset's mean and std; otherwise they stay in [0, 1]."""
     architecture: Architecture
     """The classifier."""
-    stage: StageName = "untrained"
+    stage: Stage = "untrained"
     """How far the model was trained."""
     batch: BatchSpec = BatchSpec()
     """The private batch."""
@@ -251,7 +337,7 @@ class Task(Part):
         parts = [
             self.dataset if "/" not in self.dataset else self.dataset.rsplit("/", 1)[1],
             self.architecture.label,
-            self.stage,
+            self.stage if (sgd := SGDStage.parse(self.stage)) is None else sgd.label,
             self.batch.label,
             self.protocol.label,
             self.target,

@@ -140,7 +140,7 @@ for _spec in (
         classes=1000,
         input=InputSpec(shape=(3, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
         fit=True,
-        max_examples=5_000,
+        max_examples=10_000,
         note="The validation split only.",
     ),
     _CELEBA,

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from leakbench.data.catalogue import DatasetSpec
-from leakbench.errors import UserError
+from leakbench.errors import Unavailable, UserError
 
 Columns = dict[str, npt.NDArray[np.int64]]
 Rows = npt.NDArray[np.int64]
@@ -35,7 +35,8 @@ def read_split(
         The images, uint8 (n, *shape), and every label and attribute column, int64 (n,).
 
     Raises:
-        UserError: Something is missing, truncated, of another size or type than ``spec`` says.
+        Unavailable: The dataset or the split is not at hand.
+        UserError: Something is truncated, or of another size or type than ``spec`` says.
     """
     files = [] if root is None else _local_files(spec, split, root)
     with _scratch(root) as cache:
@@ -57,7 +58,7 @@ def _local_files(spec: DatasetSpec, split: str, root: Path) -> list[Path]:
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         what = f"split {split!r} of dataset" if folder.is_dir() else "dataset"
-        raise UserError(
+        raise Unavailable(
             f"{what} {spec.name} ({spec.hub_id}) is not in LEAKBENCH_DATA: expected {folder}/{split}-*.parquet, "
             f"got none; type: {_download(spec, str(root))}"
         )
@@ -102,7 +103,7 @@ def _open(spec: DatasetSpec, split: str, root: Path | None, files: list[Path], c
                 f"{_broken(files)}: cannot be read as Parquet ({type(error).__name__}: {reason}); "
                 f"delete it and type: {_download(spec, str(root))}"
             ) from None
-        raise UserError(
+        raise Unavailable(
             f"dataset {spec.name}: {spec.hub_id} could not be read from the hub ({type(error).__name__}: {reason}); "
             f"where there is network access, type: {_download(spec, 'DIR')} and set LEAKBENCH_DATA=DIR"
         ) from None

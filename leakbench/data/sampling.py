@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from leakbench import keys
 from leakbench.data.loading import Dataset
-from leakbench.errors import UserError
+from leakbench.errors import Unavailable, UserError
 from leakbench.tasks import BatchSpec
 
 Floats = npt.NDArray[np.float64]
@@ -93,7 +93,9 @@ def draw_victims(
         ``iid``: examples uniformly. ``unique``: B different classes in each batch. ``unbalanced``: floor(B/2) examples
         of class a, floor(B/4) of class b != a, the rest iid, with one (a, b) for all batches of a client (Wainakh et
         al. 2022, arXiv 2105.09369; there the rest has uniform labels). ``single_class``: one class, uniform, for all
-        batches of a client. ``dirichlet``: labels from a client's proportions ~ symmetric Dirichlet(alpha).
+        batches of a client. ``balanced``: the same ``classes`` distinct classes, uniform, in all batches of a client, B
+        examples spread over them as evenly as whole numbers allow. ``dirichlet``: labels from a client's proportions ~
+        symmetric Dirichlet(alpha).
 
     Args:
         dataset: Where the examples come from.
@@ -105,12 +107,12 @@ def draw_victims(
         split: Which split to draw from.
 
     Raises:
-        UserError: The split holds fewer examples or classes than one trial needs.
+        Unavailable: The split holds fewer examples or classes than one trial needs.
     """
     rows = dataset.rows(split)
     size = local_batches * batch.size
     if clients * size > len(rows):
-        raise UserError(
+        raise Unavailable(
             f"batch larger than its split: expected at most {len(rows)} examples in {split!r} of "
             f"{dataset.spec.name}, got {clients} clients x {local_batches} batches x {batch.size} = "
             f"{clients * size}; lower the batch size, local_steps or clients"
@@ -169,7 +171,11 @@ def draw_label_counts(
 
 
 def _check_classes(batch: BatchSpec, present: int, where: str) -> None:
-    needed = {"unique": batch.size, "unbalanced": 2 if batch.size >= 4 else 1}.get(batch.sampler, 1)
+    needed = {
+        "unique": batch.size,
+        "unbalanced": 2 if batch.size >= 4 else 1,
+        "balanced": batch.classes or 1,
+    }.get(batch.sampler, 1)
     if needed > present:
         raise UserError(
             f"sampler {batch.sampler} with batch size {batch.size}: expected at least {needed} classes in {where}, "
@@ -202,6 +208,8 @@ def _draw_trial(
                 wanted[half : half + quarter] = order[min(1, len(order) - 1)]
             elif batch.sampler == "single_class":
                 wanted[:] = order[0]
+            elif batch.classes is not None:
+                wanted = order[np.arange(batch.size) % batch.classes]
             elif cdf is not None:
                 drawn = np.searchsorted(cdf, uniforms(batch.size), side="right")
                 wanted = present[np.minimum(drawn, len(present) - 1)]
@@ -221,6 +229,10 @@ def _counts(batch: BatchSpec, prior: Floats, draws: int, local_batches: int, uni
     if batch.sampler == "single_class":
         counts[each, (uniforms(draws) * classes).astype(np.int64)] = size
         return counts
+    if batch.classes is not None:
+        order = uniforms(draws, classes).argsort(axis=1)
+        np.put_along_axis(counts, order, np.bincount(np.arange(batch.size) % batch.classes, minlength=classes), axis=1)
+        return counts * local_batches
     if batch.alpha is not None:
         cdf = _proportions(batch.alpha, uniforms, draws, classes).cumsum(axis=1)
         # One sorted array for all rows: row r's distribution function is shifted to [r, r + 1).

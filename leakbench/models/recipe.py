@@ -2,7 +2,8 @@
 
 The run: AdamW (learning rate 3e-3, weight decay 1e-2), cross-entropy, batches of 64 drawn without replacement per
 epoch from the private split, no augmentation, 20 epochs but at least 1,000 steps. ``early``, ``mid`` and ``converged``
-are the weights after 2%, 20% and 100% of the steps. One CPU thread, so that the weights do not depend on the machine's
+are the weights after 2%, 20% and 100% of the steps. A stage ``sgd(...)`` is a run of its own, of plain SGD
+(`leakbench.tasks.SGDStage`). One CPU thread, so that the weights do not depend on the machine's
 number of cores.
 """
 
@@ -19,10 +20,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import MultiStepLR
 
 from leakbench.federation.inputs import to_inputs
 from leakbench.keys import PUBLIC_KEY, seed
 from leakbench.models.build import Transform, initialised, seeded
+from leakbench.tasks import SGDStage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,6 +103,7 @@ def train(
     normalise: bool,
     last: str = "converged",
     transform: Transform = None,
+    start: tuple[int, dict[str, Tensor]] | None = None,
 ) -> Iterator[Snapshot]:
     """Train on the private split and yield the snapshots up to ``last``.
 
@@ -108,38 +112,81 @@ def train(
         data: What to train on.
         draw: Number of the run; it seeds the initialisation and the batches.
         normalise: Whether inputs are normalised.
-        last: Stage to stop at; earlier ones do not depend on it.
+        last: Stage to stop at; earlier ones do not depend on it. Of a run of SGD it is the only one.
         transform: A model-level defense's change of the module, made before training.
+        start: Steps done and the state they led to (`Snapshot.tensors`), to go on from; only where the state of the
+            optimizer is the weights alone (`resumable`).
     """
     module = initialised(
         architecture, data.input_spec.shape, data.num_classes, init_seed(architecture, data, draw), transform
-    )
-    run_seed = seed(PUBLIC_KEY, "stage-run", RECIPE_VERSION, architecture.content(), data.fingerprint, normalise, draw)
+    ).requires_grad_(True)
+    done = 0
+    if start is not None:
+        done, tensors = start
+        module.load_state_dict({name.partition("/")[2]: value[0] for name, value in tensors.items()})
     rows = torch.tensor(data.splits["private"])
-    steps = max(_LEAST_STEPS, _EPOCHS * math.ceil(len(rows) / _BATCH))
-    due = {max(1, round(fraction * steps)): stage for stage, fraction in STAGES.items()}
-    optimizer = torch.optim.AdamW(module.requires_grad_(True).parameters(), lr=_RATE, weight_decay=_DECAY)
+    run = _run(module, SGDStage.parse(last), len(rows), last)
+    content = ["stage-run", RECIPE_VERSION, architecture.content(), data.fingerprint, normalise, draw, *run.seeded_by]
+    run_seed = seed(PUBLIC_KEY, *content)
     order = torch.Generator().manual_seed(run_seed)
     batches: list[Tensor] = []
     with seeded(run_seed), _one_thread():
         told = time.monotonic()
-        for step in range(1, steps + 1):
+        for step in range(1, run.steps + 1):
+            if not batches:
+                shuffled = rows[torch.randperm(len(rows), generator=order)]
+                batches = [b for b in torch.split(shuffled, run.batch) if len(b) >= min(run.least, len(rows))]
+            batch = batches.pop()
+            if step <= done:
+                continue
             if time.monotonic() - told > _REPORT_SECONDS:
                 told = time.monotonic()
                 what = f"training {architecture.label} on {_shape(data)}, run {draw}"
-                _log.info("%s: step %d of %d", what, step, steps)
-            if not batches:
-                shuffled = rows[torch.randperm(len(rows), generator=order)]
-                # BatchNorm has no statistics of one example, so a last batch of one is dropped.
-                batches = [b for b in torch.split(shuffled, _BATCH) if len(b) > 1 or len(rows) == 1]
-            inputs, labels = _examples(data, batches.pop(), normalise)
-            optimizer.zero_grad()
+                _log.info("%s: step %d of %d", what, step, run.steps)
+            inputs, labels = _examples(data, batch, normalise)
+            run.optimizer.zero_grad()
             cross_entropy(module.train()(inputs), labels).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if step in due:
-                yield Snapshot(due[step], _tensors(module), _accuracy(module, data, normalise))
-                if due[step] == last:
+            run.optimizer.step()
+            run.schedule.step()
+            if step in run.due:
+                yield Snapshot(run.due[step], _tensors(module), _accuracy(module, data, normalise))
+                if run.due[step] == last:
                     return
+
+
+def resumable(stage: str) -> SGDStage | None:
+    """Return the run of SGD that ``stage`` is a point of, if all such points lie on one line of plain SGD."""
+    sgd = SGDStage.parse(stage)
+    return None if sgd is None or sgd.momentum or sgd.drops else sgd
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How to train: batches smaller than ``least`` are left out; ``due`` names the step of every snapshot."""
+
+    steps: int
+    batch: int
+    least: int
+    due: dict[int, str]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    seeded_by: tuple[object, ...] = ()
+
+
+def _run(module: nn.Module, sgd: SGDStage | None, examples: int, last: str) -> _Run:
+    optimizer: torch.optim.Optimizer
+    if sgd is None:
+        steps = max(_LEAST_STEPS, _EPOCHS * math.ceil(examples / _BATCH))
+        due = {max(1, round(fraction * steps)): stage for stage, fraction in STAGES.items()}
+        optimizer = torch.optim.AdamW(module.parameters(), lr=_RATE, weight_decay=_DECAY)
+        # BatchNorm has no statistics of one example.
+        return _Run(steps, _BATCH, 2, due, optimizer, MultiStepLR(optimizer, []))
+    optimizer = torch.optim.SGD(
+        module.parameters(), lr=sgd.lr, momentum=sgd.momentum, nesterov=sgd.momentum > 0, weight_decay=sgd.weight_decay
+    )
+    drops = [int(sgd.steps * eighths / 8) for eighths in (3, 5, 7)] if sgd.drops else []
+    batch = min(sgd.batch_size, examples)
+    return _Run(sgd.steps, batch, batch, {sgd.steps: last}, optimizer, MultiStepLR(optimizer, drops), ("sgd", batch))
 
 
 def _shape(data: TrainingData) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from leakbench.cache import cache_dir
-from leakbench.errors import LeakbenchError, UserError, unknown
+from leakbench.errors import LeakbenchError, Unavailable, UserError
 from leakbench.lock import read_lock, tasks_folder
 from leakbench.models.build import build_module, first_line
 from leakbench.models.catalogue import ZOOS
 from leakbench.models.functional import build_model
-from leakbench.models.recipe import RECIPE_VERSION, STAGES, TrainingData, init_seed, train
-from leakbench.tasks import content_hash
+from leakbench.models.recipe import RECIPE_VERSION, TrainingData, init_seed, resumable, train
+from leakbench.tasks import SGDStage, content_hash
 
 if TYPE_CHECKING:
     from leakbench.tasks import Architecture
@@ -32,10 +33,6 @@ DRAWS = 3
 
 _TRAINING = threading.Lock()
 _UNREACHABLE: dict[str, str] = {}  # a download that fails takes most of a minute; once per process is enough
-
-
-class Unavailable(LeakbenchError):
-    """Something a task needs, such as pretrained weights, cannot be had here; its rows say so."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def checkpoint(
     Args:
         architecture: Which net.
         dataset: What it is trained on.
-        stage: ``untrained``, ``early``, ``mid``, ``converged`` or ``pretrained``.
+        stage: ``untrained``, ``early``, ``mid``, ``converged``, ``pretrained`` or ``sgd(...)``.
         draw: Which of the `DRAWS` training runs; for ``untrained`` any number, for ``pretrained`` it does not matter.
         normalise: Whether inputs are normalised.
         cache: Folder of locally trained checkpoints; None means ``checkpoints`` in the cache directory.
@@ -86,8 +83,10 @@ def checkpoint(
         return _unsaved(model.tensors(), "init")
     if stage == "pretrained":
         return _pretrained(architecture, dataset)
-    if stage not in STAGES:
-        raise unknown("stage", stage, ["untrained", *STAGES, "pretrained"])
+    try:
+        sgd = SGDStage.parse(stage)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if not 0 <= draw < DRAWS:
         raise UserError(f"stage {stage} has draws 0 to {DRAWS - 1}, got {draw}; give one of these")
     key = checkpoint_key(architecture, dataset, draw, normalise)
@@ -96,9 +95,10 @@ def checkpoint(
     with _TRAINING:
         found = _official(key, stage) or _cached(folder, key, stage)
         if found is None:
-            for snapshot in train(architecture, dataset, draw, normalise=normalise, last=stage):
+            start = None if sgd is None else _nearest(folder, key, sgd)
+            for snapshot in train(architecture, dataset, draw, normalise=normalise, last=stage, start=start):
                 data = _serialise(snapshot.tensors, snapshot.accuracy)
-                found = _parse(data, "local", _store(folder, f"{key[:32]}-{snapshot.stage}", data))
+                found = _parse(data, "local", _store(folder, f"{key[:32]}-{_slug(snapshot.stage)}", data))
     if found is None:
         raise LeakbenchError(f"training yielded no checkpoint of stage {stage}")
     return found
@@ -135,7 +135,7 @@ def lock_checkpoint(
     """
     made = checkpoint(architecture, dataset, stage, draw, normalise=normalise, cache=cache)
     key = checkpoint_key(architecture, dataset, draw, normalise)
-    name = f"{architecture.label}-{stage}-{draw}-{key[:8]}.safetensors"
+    name = f"{architecture.label}-{_slug(stage)}-{draw}-{key[:8]}.safetensors"
     data = _serialise(made.tensors, made.accuracy)
     _write(tasks / "checkpoints" / name, data)
     pinned = read_lock(tasks)
@@ -159,8 +159,27 @@ def _official(key: str, stage: str) -> Checkpoint | None:
     return _parse(data, "official", file)
 
 
+def _nearest(folder: Path, key: str, sgd: SGDStage) -> tuple[int, dict[str, Tensor]] | None:
+    """Return the latest earlier point of the same run that is at hand: its steps and state."""
+    if resumable(str(sgd)) is None:
+        return None
+    prefix, rest = f"{key[:32]}-sgd", sgd.label.removeprefix(f"sgd{sgd.steps}")
+    names = (path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*.safetensors"))
+    points = (re.fullmatch(rf"(\d+){re.escape(rest)}-[0-9a-f]{{64}}\.safetensors", name) for name in names)
+    for steps in sorted({int(point[1]) for point in points if point and int(point[1]) < sgd.steps}, reverse=True):
+        found = _cached(folder, key, str(sgd.model_copy(update={"steps": steps})))
+        if found is not None:
+            return steps, found.tensors
+    return None
+
+
+def _slug(stage: str) -> str:
+    sgd = SGDStage.parse(stage)
+    return stage if sgd is None else sgd.label
+
+
 def _cached(folder: Path, key: str, stage: str) -> Checkpoint | None:
-    for path in sorted(folder.glob(f"{key[:32]}-{stage}-*.safetensors")):
+    for path in sorted(folder.glob(f"{key[:32]}-{_slug(stage)}-{'[0-9a-f]' * 64}.safetensors")):
         data = path.read_bytes()
         if path.stem.rpartition("-")[2] == hashlib.sha256(data).hexdigest():
             return _parse(data, "local", path)

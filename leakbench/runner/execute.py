@@ -13,9 +13,8 @@ from typing import Any, Self
 import torch
 
 from leakbench.data import Victims
-from leakbench.errors import InvalidOutput, LeakbenchError, UserError
+from leakbench.errors import InvalidOutput, LeakbenchError, Unavailable, UserError
 from leakbench.keys import Season
-from leakbench.models.stages import Unavailable
 from leakbench.provenance import provenance
 from leakbench.results import prepare_out, write_job
 from leakbench.runner.children import ChildFailed
@@ -108,25 +107,33 @@ class Runner:
 
     # --- before anything runs -------------------------------------------------------------------------------------
 
-    def preflight(self, jobs: Iterable[Job]) -> None:
+    def preflight(self, jobs: Iterable[Job]) -> dict[str, int]:
         """Find what would stop the jobs before any of them runs.
 
+        Returns:
+            Why jobs will have rows of status ``unavailable``, and how many for each reason.
+
         Raises:
-            UserError: A dataset cannot be read, a batch is larger than its split, a net cannot take its inputs, or a
-                block would not fit into the memory.
+            UserError: A dataset is damaged, a net cannot take its inputs, or a block would not fit into the memory.
         """
-        seen = set()
+        checked: dict[tuple[object, ...], str | None] = {}
+        reasons: Counter[str] = Counter()
         for job in jobs:
             kind = (job.task.hash, job.stop - job.start, job.attack.name, bool(job.defense))
-            if kind in seen:
-                continue
-            seen.add(kind)
+            if kind not in checked:
+                checked[kind] = self._unavailable(job)
+            if (reason := checked[kind]) is not None:
+                reasons[reason] += 1
+        return dict(reasons)
+
+    def _unavailable(self, job: Job) -> str | None:
+        try:
             self._shop.scenes.victims(job.task, [job.start])
-            try:
-                weights = self._shop.scenes.weights(job.task, "one", [0])
-            except Unavailable:
-                continue  # the job's rows will say so
-            self._check_memory(job, weights)
+            weights = self._shop.scenes.weights(job.task, "one", [0])
+        except Unavailable as error:
+            return str(error)
+        self._check_memory(job, weights)
+        return None
 
     def _check_memory(self, job: Job, weights: Weights) -> None:
         trials, memory, numbers = len(job.trials), self._shop.memory, weights.numel(weights.parameters)

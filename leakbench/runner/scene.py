@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from leakbench.data import Dataset, Victims, draw_label_counts, draw_victims, load_dataset
+from leakbench.errors import Unavailable
 from leakbench.federation.inputs import to_pixels
 from leakbench.keys import PUBLIC_KEY, Season, derive, seed
 from leakbench.metrics.chance import CHANCE_DRAWS, label_chance
 from leakbench.models.functional import build_model, flat_state, split_state
-from leakbench.models.stages import DRAWS, Unavailable, checkpoint
+from leakbench.models.stages import DRAWS, checkpoint
 from leakbench.runner.wire import Blob
 from leakbench.tasks import Task
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from leakbench.errors import UserError
+from leakbench.errors import Unavailable, UserError
 from leakbench.keys import DEVELOPMENT, Season
 from leakbench.provenance import code_sha256
 from leakbench.results import completed_jobs, prepare_out
@@ -47,6 +47,7 @@ class Request:
         season_key: File with a season's key; None: the development season.
         other_code: What to do with rows of other leakbench code.
         retry_failed: Whether to run failed jobs again.
+        only_available: Whether to leave out the jobs whose data is not at hand.
         command: What to type to resume.
     """
 
@@ -62,6 +63,7 @@ class Request:
     season_key: Path | None = None
     other_code: OtherCode = "stop"
     retry_failed: bool = False
+    only_available: bool = False
     command: str = ""
 
 
@@ -76,6 +78,7 @@ class Report:
         skipped: Jobs whose rows were there.
         failed: What failed, now or before: job and error.
         trials: Trials run now, per status.
+        left_out: Jobs that are not part of the plan, by the reason.
     """
 
     out: str
@@ -84,6 +87,7 @@ class Report:
     skipped: int
     failed: list[str]
     trials: dict[str, int]
+    left_out: dict[str, int]
 
     def content(self) -> dict[str, Any]:
         """Return the report as a JSON-able mapping."""
@@ -97,6 +101,9 @@ class Report:
         lines += [f"  failed: {line}" for line in self.failed]
         if self.failed:
             lines.append("run the failed ones again with --retry-failed")
+        if self.trials.get("unavailable"):
+            lines.append("unavailable: once what they lack is at hand, run them again with --retry-failed")
+        lines += [f"{count} jobs left out: {reason}" for reason, count in self.left_out.items()]
         return "\n".join([*lines, f"rows: {self.out}", f"next: leakbench board {self.out}"])
 
 
@@ -113,12 +120,16 @@ def run_suite(request: Request) -> Report:
     suite = load_suite(request.suite)
     cells = suite.expand(attacks=request.attacks, defenses=request.defenses, trials=request.trials)
     jobs = plan(cells, season)
+    left_out: Counter[str] = Counter()
+    if request.only_available:
+        jobs, left_out = _at_hand(jobs)
     out = request.out or Path("runs") / suite.name
     prepare_out(out)
     mine = shard(jobs, *request.shard)
     state = resume(mine, out, code_sha256(), other_code=request.other_code, retry_failed=request.retry_failed)
     _write_plan(out, jobs, season, request.command)
-    summary = _run(state.todo, out, request, season) if state.todo else Summary(0, [], {})
+    whole = request.shard == (1, 1) and not state.skipped
+    summary = _run(state.todo, out, request, season, whole=whole) if state.todo else Summary(0, [], {})
     return Report(
         out=str(out),
         planned=len(mine),
@@ -126,7 +137,31 @@ def run_suite(request: Request) -> Report:
         skipped=len(state.skipped),
         failed=[f"{o.job.label}: {o.error}" for o in summary.failed] + [job.label for job in state.failed],
         trials=summary.statuses,
+        left_out=dict(left_out),
     )
+
+
+def _at_hand(jobs: Sequence[Job]) -> tuple[list[Job], Counter[str]]:
+    """Return the jobs whose victims can be drawn, and how many cannot for each reason."""
+    from leakbench.data import draw_victims, load_dataset
+
+    known: dict[str, str | None] = {}
+    for job in jobs:
+        task = job.task
+        if task.hash not in known:
+            clients, batches = task.protocol.clients, task.protocol.local_batches
+            try:
+                data = load_dataset(task.dataset)
+                draw_victims(data, task.batch, clients=clients, local_batches=batches, trials=[0], key=DEVELOPMENT.key)
+            except Unavailable as error:
+                known[task.hash] = str(error)
+            else:
+                known[task.hash] = None
+    kept = [job for job in jobs if known[job.task.hash] is None]
+    missing = Counter(reason for job in jobs if (reason := known[job.task.hash]) is not None)
+    if not kept:
+        raise UserError(f"--only-available: none of the data is at hand: {next(iter(missing))}")
+    return kept, missing
 
 
 def _season(path: Path) -> Season:
@@ -140,7 +175,11 @@ def _season(path: Path) -> Season:
     return season
 
 
-def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season) -> Summary:
+def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season, *, whole: bool) -> Summary:
+    """Run ``jobs``; refuse where they are the whole plan and none of them can give a number.
+
+    A shard may well hold nothing but rows of status ``unavailable``.
+    """
     from leakbench.runner.execute import Runner  # imports torch
 
     workers = request.workers or (min(_cores(), 8) if request.device == "cpu" else 1)
@@ -159,7 +198,11 @@ def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season) -> Su
         try:
             with display, shown_log(display):
                 display.say(f"{len(jobs)} jobs, {workers} at a time, isolation {runner.level}; rows go to {out}")
-                runner.preflight(jobs)
+                reasons = runner.preflight(jobs)
+                if whole and sum(reasons.values()) == len(jobs):
+                    raise UserError(next(iter(reasons)))
+                for reason, count in reasons.items():
+                    display.say(f"{count} of {len(jobs)} jobs will have rows of status unavailable: {reason}")
                 return run_jobs(jobs, runner, display, workers=workers)
         except KeyboardInterrupt:
             # A worker may be in the middle of a long tensor operation; waiting for it would look like a hang.

@@ -37,6 +37,7 @@ class Script:
     code: str = "code-1"
     closed: bool = False
     most_at_once: int = 0
+    unavailable: dict = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def script(monkeypatch, tmp_path):
             script.closed = True
 
         def preflight(self, jobs):
-            pass
+            return script.unavailable
 
         def run(self, job):
             with lock:
@@ -161,6 +162,37 @@ def test_the_same_command_again_repeats_nothing(run, script):
     code, out, _ = run()
     assert (code, script.ran) == (0, first)
     assert "0 of 8 jobs run, 8 were there" in out
+
+
+def test_a_run_of_which_nothing_is_at_hand_is_refused_but_a_shard_is_not(run, script):
+    script.unavailable = {"dataset d is not at hand; type: get d": 8}
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "error: dataset d is not at hand; type: get d"
+    assert script.ran == []
+    script.act, script.unavailable = lambda job: "unavailable", {"no d": 99}
+    code, out, err = run("--shard", "1/2")
+    assert code == 0
+    assert "jobs will have rows of status unavailable: no d" in err
+    assert "--retry-failed" in out
+    assert len(script.ran) > 0
+
+
+def test_only_available_leaves_out_what_is_not_at_hand_and_says_so(run, script, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("LEAKBENCH_DATA", str(tmp_path / "data"))
+    text = Path("small.yaml").read_text()
+    Path("mixed.yaml").write_text(text.replace("dataset: digits", "dataset: [digits, svhn], batch: [4, 4000]"))
+    code, out, _ = run("--only-available", suite="mixed.yaml")
+    assert code == 0
+    assert len(script.ran) == 8
+    assert {line.split(": ")[0] for line in out.splitlines()[1:-2]} == {"16 jobs left out", "8 jobs left out"}
+    assert "hf download --repo-type dataset ufldl-stanford/svhn" in out
+    assert json.loads(run("--only-available", "--json", suite="mixed.yaml")[1])["planned"] == 8
+    Path("none.yaml").write_text(text.replace("dataset: digits", "dataset: svhn"))
+    code, _, err = run("--only-available", suite="none.yaml")
+    assert code == 2
+    assert "ufldl-stanford/svhn" in err
 
 
 def test_shards_together_do_every_job_once(run, script):

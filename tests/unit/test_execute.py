@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from leakbench.entries import resolve, resolve_all
-from leakbench.errors import UserError
+from leakbench.errors import Unavailable, UserError
 from leakbench.grids import Budget, Cell
 from leakbench.keys import DEVELOPMENT
 from leakbench.models.functional import build_model
-from leakbench.models.stages import Unavailable
 from leakbench.results import read_job_status
 from leakbench.runner.execute import Runner
 from leakbench.runner.grant import granted_facts, granted_state, read_names

@@ -25,8 +25,12 @@ def made_up(counts):
     return Dataset(spec, images, np.concatenate([labels, np.zeros(3, np.int64)]), splits)
 
 
+def spec(sampler, size, alpha):
+    return BatchSpec(size=size, sampler=sampler, alpha=alpha, classes=min(size, 3) if sampler == "balanced" else None)
+
+
 def draw(dataset, sampler="iid", size=4, clients=1, local_batches=1, trials=range(3), key=KEY, alpha=None):
-    batch = BatchSpec(size=size, sampler=sampler, alpha=alpha)
+    batch = spec(sampler, size, alpha)
     return draw_victims(dataset, batch, clients=clients, local_batches=local_batches, trials=trials, key=key)
 
 
@@ -35,12 +39,12 @@ def counts_of(labels, classes):
 
 
 def chance(sampler="iid", size=8, prior=(0.1,) * 10, draws=10_000, alpha=None, **kwargs):
-    batch = BatchSpec(size=size, sampler=sampler, alpha=alpha)
+    batch = spec(sampler, size, alpha)
     return draw_label_counts(batch, np.asarray(prior), draws=draws, key=PUBLIC_KEY, **kwargs)
 
 
 specs = st.sampled_from(
-    [("iid", None), ("unique", None), ("unbalanced", None), ("single_class", None), ("dirichlet", 0.05)]
+    [*((name, None) for name in ("iid", "unique", "unbalanced", "single_class", "balanced")), ("dirichlet", 0.05)]
 )
 
 
@@ -152,7 +156,7 @@ def test_dirichlet_has_the_moments_of_a_dirichlet_multinomial(alpha, size):
 
 @pytest.mark.parametrize(
     ("sampler", "alpha"),
-    [("iid", None), ("unique", None), ("unbalanced", None), ("single_class", None), ("dirichlet", 0.3)],
+    [*((name, None) for name in ("iid", "unique", "unbalanced", "single_class", "balanced")), ("dirichlet", 0.3)],
 )
 def test_counts_follow_the_law_of_the_victims(sampler, alpha):
     data = made_up([500, 300, 100, 80, 20])
@@ -212,3 +216,14 @@ def test_more_unique_labels_than_classes_is_one_line():
         chance("unique", 11)
     with pytest.raises(UserError, match="expected 3 classes with unused examples for batch 2 of 2"):
         draw(made_up([1, 1, 1, 3]), "unique", size=3, local_batches=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 24), data=st.data(), clients=st.integers(1, 3))
+def test_balanced_spreads_a_batch_evenly_over_its_classes(size, data, clients):
+    classes = data.draw(st.integers(1, min(size, 10)))
+    spec = BatchSpec(size=size, sampler="balanced", classes=classes)
+    counts = draw_label_counts(spec, np.full(10, 0.1), clients=1, local_batches=2, draws=50, key=b"k" * 32)
+    assert ((counts > 0).sum(1) == classes).all()
+    assert (np.sort(counts, axis=1)[:, -classes:] // 2 - size // classes <= 1).all()
+    assert (counts.sum(1) == 2 * size).all()

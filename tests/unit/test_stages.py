@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from leakbench.errors import UserError
+from leakbench.errors import Unavailable, UserError
 from leakbench.federation.inputs import to_inputs, to_pixels
 from leakbench.models import recipe, stages
 from leakbench.models.functional import build_model
-from leakbench.models.stages import Unavailable, checkpoint, lock_checkpoint
+from leakbench.models.stages import checkpoint, lock_checkpoint
 from leakbench.tasks import Architecture, InputSpec
 
 MLP = Architecture(name="mlp", params={"width": 8})
@@ -162,3 +162,50 @@ def test_pixels_make_the_round_trip(normalise):
     np.testing.assert_allclose(inputs.numpy(), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(to_pixels(inputs, spec, normalise).numpy() * 255, images, atol=1e-3)
     assert to_pixels(inputs * 100, spec, normalise).max() == 1
+
+
+# --- runs of plain SGD ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet_zhu"])
+def test_a_point_of_sgd_does_not_depend_on_which_points_were_made_before(tmp_path, name):
+    net = Architecture(name=name, init="uniform(0.5)")
+    straight = get("sgd(steps=30)", tmp_path / "one", architecture=net)
+    for stage in ("sgd(steps=7)", "sgd(steps=40)", "sgd(steps=21)", "sgd(steps=7, lr=0.5)"):
+        get(stage, tmp_path / "two", architecture=net)
+    resumed = get("sgd(steps=30)", tmp_path / "two", architecture=net)
+    assert equal(straight.tensors, resumed.tensors)
+    assert straight.accuracy == resumed.accuracy
+    assert straight.sha256 == resumed.sha256
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch", "options", "drops"),
+    [
+        ("sgd(steps=10)", 8, {"lr": 0.1}, []),
+        ("sgd(steps=16, lr=0.05, batch_size=60, momentum=0.9, weight_decay=0.01, drops=true)", 60,
+         {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, [6, 10, 14]),
+    ],
+)  # fmt: skip
+def test_sgd_is_torchs_on_full_batches(tmp_path, monkeypatch, stage, batch, options, drops):
+    seen = []
+    monkeypatch.setattr(recipe, "_examples", lambda data, rows, _: seen.append(rows) or real(data, rows, True))
+    real = _examples
+    made = get(stage, tmp_path)
+    steps = [rows for rows in seen if len(rows) == batch][: len(seen) - 1]  # the last one measures accuracy
+    module = recipe.initialised(MLP, (1, 4, 4), 2, recipe.init_seed(MLP, Toy(), 0)).requires_grad_(True)
+    optimizer = torch.optim.SGD(module.parameters(), **options)
+    for step, rows in enumerate(steps):
+        optimizer.param_groups[0]["lr"] = options["lr"] * 0.1 ** sum(step >= drop for drop in drops)
+        optimizer.zero_grad()
+        inputs, labels = real(Toy(), rows, True)
+        torch.nn.functional.cross_entropy(module(inputs), labels).backward()
+        optimizer.step()
+    for name, value in module.named_parameters():
+        torch.testing.assert_close(made.tensors[f"parameter/{name}"][0], value.detach())
+    per_pass = 60 // batch
+    for first in range(0, len(steps) - per_pass, per_pass):
+        assert len(torch.cat(steps[first : first + per_pass]).unique()) == batch * per_pass
+
+
+_examples = recipe._examples

@@ -116,9 +116,11 @@ def changed(key, value):
 
 
 def test_the_hash_changes_with_every_field():
-    assert {*CHANGES, "batch.alpha"} == set(leaves(task()))
+    assert {*CHANGES, "batch.alpha", "batch.classes"} == set(leaves(task()))
     changes = [changed(key, value) for key, values in CHANGES.items() for value in values]
     changes += [task(batch=BatchSpec(sampler="dirichlet", alpha=alpha)) for alpha in (0.1, 1)]
+    changes += [task(batch=BatchSpec(size=8, sampler="balanced", classes=classes)) for classes in (1, 2)]
+    changes += [task(stage=stage) for stage in ("sgd(steps=1)", "sgd(steps=2)", "sgd(steps=1, lr=0.2)")]
     assert len({each.hash for each in [task(), *changes]}) == 1 + len(changes)
 
 
@@ -266,3 +268,23 @@ def test_tasks_do_not_import_torch():
 def test_clients_without_aggregation_are_trials_of_their_own():
     with pytest.raises(ValueError, match="needs secure_aggregation: true"):
         task(protocol=Protocol(clients=3))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "canonical"),
+    [
+        ("sgd(steps=100)", "sgd(steps=100)"),
+        ("sgd( steps=100,lr=0.1,batch_size=8 )", "sgd(steps=100)"),
+        ("sgd(batch_size=4,steps=1)", "sgd(steps=1, batch_size=4)"),
+        ("sgd(steps=1,drops=true,lr=1)", "sgd(steps=1, lr=1.0, drops=true)"),
+    ],
+)
+def test_a_stage_has_one_spelling_and_one_hash(spelling, canonical):
+    assert task(stage=spelling).stage == canonical
+    assert task(stage=spelling).hash == task(stage=canonical).hash
+
+
+@pytest.mark.parametrize("stage", ["warm", "sgd", "sgd()", "sgd(steps=0)", "sgd(steps=1.5)", "sgd(step=3)", "sgd(1)"])
+def test_an_unknown_stage_names_the_known_ones(stage):
+    with pytest.raises(ValidationError, match=r"expected untrained, .*sgd\(steps=100, lr=0.1, batch_size=8\); got"):
+        task(stage=stage)
