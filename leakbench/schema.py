@@ -15,10 +15,10 @@ import pyarrow as pa
 from leakbench.metrics import METRICS
 from leakbench.tasks import Task
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a column is added, removed, renamed or changes its type."""
 
-BENCHMARK_VERSION = "0.1"
+BENCHMARK_VERSION = "0.2"
 """MAJOR.MINOR; raised when a task, the client, a metric, a chance level or the scoring can move a number."""
 
 STATUSES = ("ok", "error", "timeout", "oom", "invalid", "not_applicable", "unavailable")
@@ -67,7 +67,7 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("normalise", _BOOL, "Whether inputs are normalised with the dataset's mean and std"),
     Field("num_classes", _INT, "C; null: dataset not read", nullable=True),
     Field("architecture", _TEXT, "Architecture name"),
-    Field("architecture_init", _TEXT, "`default` or `uniform(A)`"),
+    Field("architecture_init", _TEXT, "`default`, `kaiming` or `uniform(A)`"),
     Field("architecture_params", _TEXT, "Constructor arguments, JSON"),
     Field("stage", _TEXT, "How far the model was trained"),
     Field("checkpoint_sha256", _TEXT, "Sha256 of the weights of this trial's model; null: not built", nullable=True),
@@ -75,6 +75,7 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("batch_size", _INT, "B: examples per local batch"),
     Field("sampler", _TEXT, "Label sampler"),
     Field("sampler_alpha", _FLOAT, "Concentration of the dirichlet sampler; null elsewhere", nullable=True),
+    Field("sampler_classes", _INT, "Classes of a batch of the balanced sampler; null elsewhere", nullable=True),
     # Identity: the protocol
     Field("sends", _TEXT, "gradient, delta or weights"),
     Field("local_steps", _INT, "Optimiser steps before sending"),
@@ -224,6 +225,7 @@ def task_columns(task: Task) -> dict[str, Any]:
         "batch_size": task.batch.size,
         "sampler": task.batch.sampler,
         "sampler_alpha": task.batch.alpha,
+        "sampler_classes": task.batch.classes,
         **task.protocol.content(),
         **threat,
     }

@@ -49,6 +49,7 @@ METRICS: dict[str, MetricSpec] = {
     for spec in (
         _labels("instance_recall", "sum_c min(n_c, m_c) / max(N, M); LLG's attack success rate", _LLG, headline=True),
         _labels("instance_precision", "sum_c min(n_c, m_c) / M; 0 when M = 0", _LLG),
+        _labels("irec", "IRec: sum_c min(n_c, m_c) / N; claiming more never lowers it", _ILRG),
         _labels("count_exact_match", "1 when n_c = m_c for every class, else 0", "leakbench"),
         _labels("presence_precision", "share of the claimed classes that are present; 0 when none is claimed", _RLG),
         _labels("presence_recall", "share of the present classes that are claimed", _RLG),

@@ -42,6 +42,11 @@ def instance_precision(true: Tensor, recovered: Tensor) -> Tensor:
     return _over_clients(_ratio(_hits(true, recovered), recovered.sum(dim=-1)))
 
 
+def irec(true: Tensor, recovered: Tensor) -> Tensor:
+    """IRec: hits over N, whatever was claimed beside them: only to compare with papers. The recall while M <= N."""
+    return _over_clients(_ratio(_hits(true, recovered), true.sum(dim=-1)))
+
+
 def count_exact_match(true: Tensor, recovered: Tensor) -> Tensor:
     """1 where every count is right, else 0."""
     return _over_clients((true == recovered).all(dim=-1))
@@ -107,6 +112,7 @@ LABEL_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     for function in (
         instance_recall,
         instance_precision,
+        irec,
         count_exact_match,
         presence_precision,
         presence_recall,

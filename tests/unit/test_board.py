@@ -206,7 +206,7 @@ def test_defenses_and_tasks_are_ranked_apart():
     "change",
     [
         {"season": "2027"},
-        {"benchmark_version": "0.2"},
+        {"benchmark_version": "0.9"},
         {"task_hash": "other"},
         {"dataset_fingerprint": "other"},
         {"checkpoint_origin": "official"},

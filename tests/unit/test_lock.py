@@ -20,7 +20,7 @@ def test_a_suite_changes_only_with_its_version(name):
 def test_a_changed_suite_is_not_locked_under_its_old_version(tmp_path):
     suite = load_suite("quick").model_copy(update={"grids": load_suite("quick").grids[:1]})
     lock_suite(suite, tmp_path)
-    with pytest.raises(UserError, match="set version: 2"):
+    with pytest.raises(UserError, match="set version: 3"):
         lock_suite(suite.model_copy(update={"trials": suite.trials + 1}), tmp_path)
 
 

@@ -20,6 +20,7 @@ CASES = [
         {
             "instance_recall": 6 / 8,
             "instance_precision": 6 / 8,
+            "irec": 6 / 8,
             "count_exact_match": 0,
             "presence_precision": 1,
             "presence_recall": 3 / 4,
@@ -38,6 +39,7 @@ CASES = [
         {
             "instance_recall": 1 / 4,
             "instance_precision": 1 / 2,
+            "irec": 1 / 4,
             "count_exact_match": 0,
             "presence_precision": 1 / 2,
             "presence_recall": 1 / 2,
@@ -110,6 +112,7 @@ def test_metrics_agree_with_multisets_and_scikit_learn(case):
     expected = {
         "instance_recall": common / max(len(true), len(claimed)),
         "instance_precision": common / len(claimed),
+        "irec": common / len(true),
         "count_exact_match": float(n == m),
         "presence_precision": precision_score(present, said, zero_division=0),
         "presence_recall": recall_score(present, said),
