@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from leakbench_baselines.attacks.llg import extract_counts
+from leakbench_baselines.attacks.llg_star import counts_by_impact, impact_and_offset, one_class_signals, piece_size
 from torch import Tensor
 
 from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
@@ -13,14 +15,15 @@ from leakbench import Attack, Knowledge, Observation, Recovery, UserError, regis
 class LLGPlus(Attack):
     """LLG+: LLG with the impact and the offset of a class measured on auxiliary data.
 
-    `prepare` computes the gradients of batches whose labels are all one class: the class's own row sum gives the
-    impact m of one occurrence, the other rows' sums give their offsets s.
+    `prepare` looks at batches whose labels are all one class: the class's own row sum gives the impact m of one
+    occurrence, the other rows' sums give their offsets s.
 
     Sees: gradient of the last layer's weight; auxiliary labelled data, batch size, local steps, learning rate.
 
     Differs from the released code where that mixes units for several local steps: there m of one step is divided by
-    their number and s of one step is taken off a sum over all; here m stays and s is multiplied by their number. The
-    batches go round the auxiliary examples of a class in their given order, and a class without examples takes no part.
+    their number and s of one step is taken off a sum over all; here everything is a mean over examples. The batches go
+    round the auxiliary examples of a class in their given order, and a class without examples takes no part. An example
+    that is in several batches is looked at once, unless BatchNorm makes it depend on the rest of the batch.
 
     Args:
         rounds: Batches per class (R).
@@ -39,46 +42,28 @@ class LLGPlus(Attack):
         self.rounds = rounds
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
-        """Measure ``impact`` (M,) and ``offset`` (M, C) in units of one local step's gradient."""
+        """Measure ``impact`` (M,) and ``offset`` (M, C) of the mean over a batch's examples."""
         inputs, labels = knowledge.auxiliary
-        batch, classes = knowledge.batch_size, knowledge.num_classes
-        owned = torch.unique(labels)
-        members = [(labels == label).nonzero()[:, 0] for label in owned]
-        rounds = []
-        for r in range(self.rounds):
-            turn = torch.arange(r * batch, (r + 1) * batch, device=labels.device)
-            picks = torch.stack([rows[turn % len(rows)] for rows in members])
-            rounds.append(_signals(knowledge, inputs[picks], labels[picks]))
-            knowledge.progress(r + 1, self.rounds)
-        signals = torch.stack(rounds).mean(0)
-        own = signals[:, torch.arange(len(owned), device=owned.device), owned]
-        others = owned[:, None] != torch.arange(classes, device=owned.device)
-        return {
-            "impact": own.mean(1) / batch * (1 + 1 / classes),
-            "offset": (signals * others).sum(1) / others.sum(0).clamp(min=1),
-        }
+        per_class = self.rounds * knowledge.batch_size
+        owned, members = torch.unique(labels, return_counts=True)
+        turn = torch.arange(per_class, device=labels.device) % members[:, None]
+        picks = labels.argsort(stable=True)[turn + (members.cumsum(0) - members)[:, None]].flatten()
+        times = torch.ones_like(picks)
+        if not knowledge.model.has_batch_norm:
+            picks, times = torch.unique(picks, return_counts=True)
+        classes = torch.arange(knowledge.num_classes, device=labels.device)
+        share = (labels[picks] == classes[:, None]) * times.double() / per_class
+        size = piece_size(knowledge)
+
+        def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+            for done in range(0, len(picks), size):
+                yield inputs[None, picks[done : done + size]], share[:, done : done + size]
+                knowledge.progress(min(done + size, len(picks)), len(picks))
+
+        signals = one_class_signals(knowledge, pieces())
+        measured: dict[str, Tensor] = impact_and_offset(signals, torch.isin(classes, owned))
+        return measured
 
     def run(self, observation: Observation) -> Recovery:
         """Extract label counts (T, 1, C)."""
-        g = observation.head_weight.sum(-1)
-        steps, clients = observation.local_steps, observation.clients
-        total = observation.inputs_per_client * clients
-        # A label counts once in every local step that its example is part of, and the clients' updates are averaged.
-        weight = steps * observation.batch_size / total
-        impact = (observation.prepared["impact"] * weight).expand(len(g))
-        offset = (observation.prepared["offset"] * steps).expand_as(g)
-        return Recovery(label_counts=extract_counts(g, impact, total, offset=offset, capped=True)[:, None])
-
-
-def _signals(knowledge: Knowledge, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the row sums (M, P, C) of the gradients of P batches (P, B, *input_shape)."""
-    name, draws = f"{knowledge.model.head}.weight", knowledge.model.draws
-
-    def sums(x: Tensor, y: Tensor) -> Tensor:
-        return knowledge.gradients(x, y, names=[name], create_graph=False)[name].sum(-1)
-
-    if draws == 1:  # the batches take the place of the trials
-        return sums(inputs, labels)[None]
-    return torch.stack(
-        [sums(x.expand(draws, *x.shape), y.expand(draws, -1)) for x, y in zip(inputs, labels, strict=True)], 1
-    )
+        return Recovery(label_counts=counts_by_impact(observation, capped=True)[:, None])
