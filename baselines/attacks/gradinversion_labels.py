@@ -33,7 +33,7 @@ class GradInversionLabels(Attack):
             extension to repeated labels in iLRG's comparison.
 
     Reference: Yin, Mallya, Vahdat, Alvarez, Kautz, Molchanov, "See through Gradients: Image Batch Recovery via
-    GradInversion", CVPR 2021, arXiv 2104.07586; ``negative``: Ma, Sun, Cui, Li, Guo, Liu, "Instance-wise Batch Label
+    GradInversion", CVPR 2021, arXiv 2104.07586; ``negative``: Ma, Sun, Cui, Li, Guan, Liu, "Instance-wise Batch Label
     Restoration via Gradients in Federated Learning", ICLR 2023
     """
 

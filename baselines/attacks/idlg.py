@@ -18,8 +18,8 @@ class IDLG(Attack):
 
     Sees: gradient of the last layer's weight, or its change over local steps; number of inputs behind the update.
 
-    Reference: Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", arXiv 2001.02610; for batches: Ma, Sun,
-    Cui, Li, Guo, Liu, "Instance-wise Batch Label Restoration via Gradients in Federated Learning", ICLR 2023
+    Reference: Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", arXiv 2001.02610; for batches: Ma,
+    Sun, Cui, Li, Guan, Liu, "Instance-wise Batch Label Restoration via Gradients in Federated Learning", ICLR 2023
     """
 
     recovers = frozenset({"labels"})

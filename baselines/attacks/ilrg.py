@@ -48,7 +48,8 @@ def solve_counts(probabilities: Tensor, bias: Tensor, total: int) -> Tensor:
     poor = (info != 0) | ~(condition < CONDITION)
     if bool(poor.any()):
         inverse[poor] = torch.linalg.pinv(matrix[poor])
-    return (inverse @ values[..., None])[..., 0]
+    solution: Tensor = inverse @ values[..., None]
+    return solution[..., 0]
 
 
 @register("ilrg", version=1)
@@ -69,7 +70,7 @@ class ILRG(Attack):
         repair: Whether to rescale and round the counts so that they sum to the number of labels; else each is rounded
             alone and one beyond that number becomes 0.
 
-    Reference: Ma, Sun, Cui, Li, Guo, Liu, "Instance-wise Batch Label Restoration via Gradients in Federated Learning",
+    Reference: Ma, Sun, Cui, Li, Guan, Liu, "Instance-wise Batch Label Restoration via Gradients in Federated Learning",
     ICLR 2023, openreview FIrQfNSOoTr
     """
 
@@ -87,7 +88,7 @@ class ILRG(Attack):
         embeddings = class_embeddings(weight, bias)
         logits = embeddings @ parameters[f"{head}.weight"].double().mT + parameters[f"{head}.bias"].double()[:, None]
         total = observation.inputs_per_client * observation.clients
-        solution = solve_counts(logits.softmax(-1), bias, total).nan_to_num()
+        solution = solve_counts(logits.softmax(-1).nan_to_num(), bias, total).nan_to_num()
         if self.repair:
             counts = round_to_total(solution, total)
         else:
