@@ -39,7 +39,7 @@ class LLBGAux(Attack):
         inputs, labels = knowledge.auxiliary
         draws = knowledge.model.draws
         sure = []
-        for x, y in zip(inputs.split(CHUNK), labels.split(CHUNK), strict=True):
+        for x, y in zip(torch.split(inputs, CHUNK), torch.split(labels, CHUNK), strict=True):
             p = knowledge.forward(x.expand(draws, *x.shape))[0].double().softmax(-1)
             sure.append(p.gather(2, y.expand(draws, -1)[:, :, None])[:, :, 0])
         members = F.one_hot(labels, knowledge.num_classes).double()
