@@ -142,6 +142,65 @@ def run(
     return 1 if report.failed else 0
 
 
+@cli.command()
+@click.argument("paper")
+@click.option("--quick", is_flag=True, help="Only the cells that the reference file calls quick, with fewer trials.")
+@click.option("--only-available", is_flag=True, help="Leave out the settings whose data is not at hand.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--workers", type=int, help="Jobs at a time. [default: CPU cores, at most 8; 1 on a GPU]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Directory of the rows. [default: runs/PAPER, or PAPER-quick]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def reproduce(
+    paper: str,
+    quick: bool,
+    only_available: bool,
+    device: str,
+    workers: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Run the suite of PAPER (llg, ilrg) and print its figures beside ours.
+
+    Also writes the table to the directory of the rows. Running the same command again resumes it.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers: expected at least 1, got {workers}; try --workers 2")
+    from leakbench import reproduce as reproduction
+    from leakbench.results import load_rows
+    from leakbench.runner import session
+
+    references = reproduction.load_references(paper)
+    out = out or Path("runs") / (f"{paper}-quick" if quick else paper)
+    again = shlex.join(["leakbench", *sys.argv[1:]])
+    request = session.Request(
+        suite=paper,
+        trials=references.quick_trials if quick else None,
+        device=device,
+        workers=workers,
+        out=out,
+        only_available=only_available,
+        keep=(lambda cell: reproduction.is_quick(cell, references)) if quick else None,
+        command=again,
+    )
+    try:
+        report = session.run_suite(request)
+    except KeyboardInterrupt:
+        click.echo(session.interrupted(again), err=True)
+        return session.INTERRUPTED
+    rows = load_rows([out])
+    table = reproduction.compare(rows[rows["job_id"].isin(session.planned_jobs(out))], references)
+    paths = reproduction.write_table(table, references, out)
+    if as_json:
+        click.echo(reproduction.to_json(table).rstrip("\n"))
+        return 1 if report.failed else 0
+    reproduction.print_table(table, references)
+    click.echo(report.text())
+    click.echo(f"table: {', '.join(str(path) for path in paths)}")
+    return 1 if report.failed else 0
+
+
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ def read_suite(path: Path) -> Suite:
     Raises:
         UserError: The YAML is malformed, or a key or value is wrong.
     """
-    raw = _read_yaml(path)
+    raw = read_yaml(path)
     try:
         return Suite.model_validate(raw)
     except ValidationError as error:
@@ -107,7 +107,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: The file cannot be read, is no well-formed YAML, gives a key twice or holds no mapping.
+    """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -119,7 +124,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: expected well-formed YAML, got: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping with {', '.join(Suite.model_fields)}, got {type(raw).__name__}")
+        raise UserError(f"{path}: expected a mapping of keys to values, got {type(raw).__name__}")
     return raw
 
 

@@ -8,12 +8,13 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from leakbench.errors import Unavailable, UserError
+from leakbench.grids import Cell
 from leakbench.keys import DEVELOPMENT, Season
 from leakbench.provenance import code_sha256
 from leakbench.results import completed_jobs, prepare_out
@@ -48,6 +49,7 @@ class Request:
         other_code: What to do with rows of other leakbench code.
         retry_failed: Whether to run failed jobs again.
         only_available: Whether to leave out the jobs whose data is not at hand.
+        keep: Which cells of the suite to run; all where None.
         command: What to type to resume.
     """
 
@@ -64,6 +66,7 @@ class Request:
     other_code: OtherCode = "stop"
     retry_failed: bool = False
     only_available: bool = False
+    keep: Callable[[Cell], bool] | None = None
     command: str = ""
 
 
@@ -119,6 +122,7 @@ def run_suite(request: Request) -> Report:
     season = DEVELOPMENT if request.season_key is None else _season(request.season_key)
     suite = load_suite(request.suite)
     cells = suite.expand(attacks=request.attacks, defenses=request.defenses, trials=request.trials)
+    cells = [cell for cell in cells if request.keep is None or request.keep(cell)]
     jobs = plan(cells, season)
     left_out: Counter[str] = Counter()
     if request.only_available:
@@ -235,19 +239,33 @@ def _write_plan(out: Path, jobs: Sequence[Job], season: Season, command: str) ->
         ) from None
 
 
+def planned_jobs(out: Path) -> frozenset[str]:
+    """Return the ids of the jobs of the last plan in ``out``.
+
+    Raises:
+        UserError: There is no run.
+    """
+    return frozenset(_read_plan(out)["jobs"])
+
+
+def _read_plan(out: Path) -> dict[str, Any]:
+    try:
+        written = json.loads((out / PLAN_FILE).read_bytes())
+        return {"season": written["season"], "jobs": dict(written["jobs"]), "command": written["command"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"no run in {out}: expected a directory with {PLAN_FILE}; start one with: leakbench run quick --out {out}"
+        ) from None
+
+
 def status_of(out: Path) -> dict[str, Any]:
     """Return the state of the last run in ``out``: its command, jobs planned, done, failed and left, trials per status.
 
     Raises:
         UserError: There is no run.
     """
-    try:
-        written = json.loads((out / PLAN_FILE).read_bytes())
-        season, labels, command = written["season"], dict(written["jobs"]), written["command"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"no run in {out}: expected a directory with {PLAN_FILE}; start one with: leakbench run quick --out {out}"
-        ) from None
+    written = _read_plan(out)
+    season, labels, command = written["season"], written["jobs"], written["command"]
     files = {key: file for key, file in completed_jobs(out, season).items() if key in labels}
     failed = [labels[key] for key, file in files.items() if has_failed(file.statuses)]
     trials: Counter[str] = Counter()

@@ -1,0 +1,290 @@
+"""A paper's figures beside leakbench's own: what a reference file says, and the table of the comparison. No torch here.
+
+A reference file, ``tasks/references/<suite>.yaml``, belongs to a suite. It holds figures that were read in a paper, in
+released code or in released logs, each with where it was read; cells of the suite without a figure are in the table all
+the same, with an empty reference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, ValidationError
+
+from leakbench.board.stats import bootstrap
+from leakbench.errors import UserError, unknown
+from leakbench.grids import Cell
+from leakbench.lock import tasks_folder
+from leakbench.metrics import METRICS, headline
+from leakbench.schema import ROW_FIELDS, task_columns
+from leakbench.suites import read_yaml
+from leakbench.tasks import Part
+
+Where = dict[str, str | int | float | bool | None]
+"""Values by row column."""
+
+COLUMNS = {
+    "setting": "what was measured: the reference file's words, or the task's id",
+    "task": "task id",
+    "attack": "attack, with parameters that differ from the defaults",
+    "defense": "defense, with its strength",
+    "metric": "name of the metric",
+    "reference": "the paper's or released figure; empty where none can be backed",
+    "tag": "where it was read: LOG (released logs), CODE (released code), READ (a public text)",
+    "reference_n": "tries behind it",
+    "ours": "mean over the trials",
+    "low": "lower end of its 95% interval",
+    "high": "upper end",
+    "n": "trials behind it",
+    "difference": "ours minus reference",
+    "tolerance": "largest difference that sampling explains (95%), with the figure's rounding",
+    "verdict": "agrees, differs, figure not at hand, or not measured",
+    "note": "what is known about the difference, or why nothing was measured",
+}
+"""The columns of the table."""
+
+_Z = 1.959964  # two-sided 95%
+_KEYS = ("task_hash", "task", "attack_label", "defense_label")
+
+
+class Figure(Part):
+    """Figures of one setting."""
+
+    setting: str
+    """The setting in words."""
+    where: Where
+    """The cells it is about, by row columns; together with `References.common`."""
+    values: dict[str, float]
+    """Reference value by metric."""
+    tag: Literal["LOG", "CODE", "READ"]
+    """Where it was read."""
+    source: str
+    """File or page."""
+    tries: Annotated[int, Field(ge=1)]
+    """Trials behind it."""
+    decimals: Annotated[int, Field(ge=0)] = 3
+    """Decimals it is printed with; half a unit of the last is added to the tolerance."""
+    note: str = ""
+    """What explains a difference, from the facts of the released code."""
+
+
+class References(Part):
+    """A reference file."""
+
+    paper: str
+    """Authors, title, venue."""
+    provenance: str
+    """How the figures came here."""
+    quick: list[Where]
+    """What ``--quick`` keeps: cells that agree with any of these."""
+    quick_trials: Annotated[int, Field(ge=1)]
+    """Trials per cell with ``--quick``."""
+    common: Where = Field(default_factory=dict)
+    """Columns that all figures share."""
+    figures: list[Figure] = Field(default_factory=list)
+    """The figures."""
+
+
+def reference_paths() -> dict[str, Path]:
+    """Return the reference files by the name of their suite."""
+    return {path.stem: path for path in sorted((tasks_folder() / "references").glob("*.yaml"))}
+
+
+def load_references(name: str) -> References:
+    """Load the reference file of a suite.
+
+    Raises:
+        UserError: There is none, or a key, column, metric or value in it is wrong.
+    """
+    paths = reference_paths()
+    if name not in paths:
+        raise unknown("paper to reproduce", name, paths)
+    path = paths[name]
+    try:
+        references = References.model_validate(read_yaml(path))
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(map(str, detail["loc"]))
+        raise UserError(
+            f"{path}: {where}: {detail['msg']}, got {str(detail['input'])[:60]!r}; correct the file"
+        ) from None
+    columns = {field.name for field in ROW_FIELDS}
+    conditions = (references.common, *references.quick, *(figure.where for figure in references.figures))
+    for key in (key for condition in conditions for key in condition):
+        if key not in columns:
+            raise UserError(f"{path}: {unknown('row column', key, columns)}")
+    for metric in (metric for figure in references.figures for metric in figure.values):
+        if metric not in METRICS:
+            raise UserError(f"{path}: {unknown('metric', metric, METRICS)}")
+    return references
+
+
+def is_quick(cell: Cell, references: References) -> bool:
+    """Whether ``--quick`` keeps the cell."""
+    row = {**task_columns(cell.task), "attack": cell.attack.name, "defense": "+".join(d.name for d in cell.defense)}
+    return any(all(row.get(key) == value for key, value in where.items()) for where in references.quick)
+
+
+def compare(rows: pd.DataFrame, references: References) -> pd.DataFrame:
+    """Return one line per figure, and one per cell without a figure (with the target's headline metric).
+
+    A figure agrees if it differs from ours by no more than sampling explains: 1.96 standard deviations of the
+    difference of two means of independent trials with our spread, plus its rounding. Trials on one model, ours or the
+    paper's, are taken as independent, so a real spread between models makes more figures differ than 5%.
+
+    Args:
+        rows: Result rows as `leakbench.results.load_rows` gives them.
+        references: The figures.
+
+    Returns:
+        `COLUMNS`; the lines with figures first, in their order.
+    """
+    cells = [part for _, part in rows.groupby(list(_KEYS), sort=True, dropna=False)]
+    lines: list[dict[str, Any]] = []
+    used: set[int] = set()
+    for figure in references.figures:
+        where = {**references.common, **figure.where}
+        matching = [i for i, part in enumerate(cells) if _matches(part.iloc[0], where)]
+        used.update(matching)
+        lines += [_line(cells[i], metric, figure) for i in matching for metric in figure.values]
+        if not matching:
+            lines += [_unmeasured(figure, metric) for metric in figure.values]
+    for i, part in enumerate(cells):
+        if i not in used:
+            lines.append(_line(part, headline(part["target"].iloc[0]).name, None))
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def _matches(row: pd.Series[Any], where: Mapping[str, Any]) -> bool:
+    return all(pd.isna(row[key]) if value is None else row[key] == value for key, value in where.items())
+
+
+def _unmeasured(figure: Figure, metric: str) -> dict[str, Any]:
+    line = {"setting": figure.setting, "attack": figure.where.get("attack"), "metric": metric}
+    line |= {"reference": figure.values[metric], "tag": figure.tag, "reference_n": figure.tries}
+    return line | {"verdict": "not measured", "note": "no cell of this run is of this setting"}
+
+
+def _line(part: pd.DataFrame, metric: str, figure: Figure | None) -> dict[str, Any]:
+    first = part.iloc[0]
+    line: dict[str, Any] = {
+        "setting": first["task"] if figure is None else figure.setting,
+        "task": first["task"],
+        "attack": first["attack_label"],
+        "defense": first["defense_label"],
+        "metric": metric,
+    }
+    if figure is not None:
+        line |= {"reference": figure.values[metric], "tag": figure.tag, "reference_n": figure.tries}
+    values = part[metric].to_numpy(dtype=np.float64, na_value=np.nan)
+    if (part["status"] != "ok").any() or np.isnan(values).any():
+        status = part.loc[part["status"] != "ok"].iloc[0] if (part["status"] != "ok").any() else first
+        return line | {"n": 0, "verdict": "not measured", "note": f"{status['status']}: {status['error']}"}
+    mean, low, high = bootstrap(values, list(range(len(values))), *(first[key] for key in _KEYS), metric)
+    line |= {"ours": mean, "low": low, "high": high, "n": len(values)}
+    if figure is None:
+        return line | {"verdict": "figure not at hand"}
+    spread = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+    tolerance = _Z * spread * np.sqrt(1 / len(values) + 1 / figure.tries) + 0.5 * 10.0**-figure.decimals
+    difference = mean - figure.values[metric]
+    agrees = abs(difference) <= tolerance + 1e-12
+    line |= {"difference": difference, "tolerance": tolerance, "verdict": "agrees" if agrees else "differs"}
+    return line | {"note": "" if agrees else figure.note}
+
+
+def write_table(table: pd.DataFrame, references: References, out: Path) -> list[Path]:
+    """Write the table beside the rows, as CSV, JSON and Markdown.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    texts = {"csv": table.to_csv(index=False), "json": to_json(table), "md": to_markdown(table, references)}
+    paths = []
+    try:
+        for suffix, text in texts.items():
+            paths.append(out / f"reproduction.{suffix}")
+            paths[-1].write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: the table cannot be written ({error.strerror}); use another --out") from None
+    return paths
+
+
+def to_json(table: pd.DataFrame) -> str:
+    """Return the table as a JSON list of lines; what is missing is null."""
+    return json.dumps(json.loads(table.to_json(orient="records")), indent=2) + "\n"
+
+
+def to_markdown(table: pd.DataFrame, references: References) -> str:
+    """Return the table as Markdown, with the counts of the verdicts above it."""
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
+    head = "| setting | attack | defense | metric | reference | ours [95%] | n | difference | verdict | note |"
+    lines = [references.paper, "", references.provenance, "", counts, "", head, "|" + " --- |" * 10]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in shown(table)]
+    return "\n".join(lines) + "\n"
+
+
+def shown(table: pd.DataFrame) -> Sequence[tuple[str, ...]]:
+    """Return the lines as texts: setting, attack, defense, metric, reference, ours, n, difference, verdict, note."""
+
+    def text(value: Any) -> str:
+        return "" if value is None or pd.isna(value) else str(value)
+
+    def number(value: Any, form: str = ".3f") -> str:
+        return "" if value is None or pd.isna(value) else format(value, form)
+
+    result = []
+    for line in table.to_dict(orient="records"):
+        ours = number(line["ours"])
+        if ours and not pd.isna(line["low"]):
+            ours += f" [{number(line['low'])}, {number(line['high'])}]"
+        reference = number(line["reference"])
+        if reference:
+            reference += f" {text(line['tag'])} n={number(line['reference_n'], '.0f')}"
+        result.append(
+            (
+                text(line["setting"]),
+                text(line["attack"]),
+                text(line["defense"]),
+                text(line["metric"]),
+                reference,
+                ours,
+                number(line["n"], ".0f"),
+                number(line["difference"], "+.3f"),
+                text(line["verdict"]),
+                text(line["note"]),
+            )
+        )
+    return result
+
+
+def print_table(table: pd.DataFrame, references: References) -> None:
+    """Print the table to the terminal, lines with figures first, and the counts of the verdicts."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(references.paper, style="bold", markup=False)
+    console.print(references.provenance, markup=False)
+    colors = {"agrees": "green", "differs": "red"}
+    printed = Table(
+        "setting", "attack", "metric", "reference", "ours [95%]", "diff", "verdict", box=None, pad_edge=False
+    )
+    notes: dict[str, int] = {}
+    for setting, attack, defense, metric, reference, ours, _, difference, verdict, note in shown(table):
+        mark = f" ({notes.setdefault(note, len(notes) + 1)})" if note else ""
+        entry = attack if defense in ("", "none") else f"{attack} vs {defense}"
+        style = colors.get(verdict, "dim")
+        printed.add_row(setting, entry, metric, reference, ours, difference, f"[{style}]{verdict}{mark}[/{style}]")
+    console.print(printed)
+    for note, number in notes.items():
+        console.print(f"({number}) {note}", markup=False)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
+    console.print(f"verdicts: {counts}", markup=False)
