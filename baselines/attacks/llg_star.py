@@ -83,8 +83,9 @@ class LLGStar(Attack):
     Differs from the released code where that mixes units for several local steps: there m of one step is divided by
     their number and s of one step is taken off a sum over all; here everything is a mean over examples. Random dummies
     are uniform over the valid pixels (there: integers up to 2**24, which saturate any net), and the same ones carry
-    every label in turn. Constant dummies are all alike, so that one round of them is enough. The default is the dummy
-    of the paper's main data set, MNIST; the authors took ones for CIFAR-100 and random ones for SVHN.
+    every label in turn. Constant dummies are all alike, so that one round of them is enough. The authors chose zeros
+    for MNIST and CelebA, ones for CIFAR-100 and random dummies for SVHN, all on a sigmoid net; the default here suits
+    ReLU nets too, whose features are small or nil for a constant image.
 
     Args:
         dummies: Pixels of a dummy: ``zeros``, ``ones`` (least and greatest valid value) or ``random``.
@@ -98,7 +99,7 @@ class LLGStar(Attack):
     needs = frozenset({"batch_size", "local_steps", "lr", "weights"})
     reads = ("head.weight",)
 
-    def __init__(self, *, dummies: str = "zeros", rounds: int = 10) -> None:
+    def __init__(self, *, dummies: str = "random", rounds: int = 10) -> None:
         if dummies not in ("zeros", "ones", "random"):
             raise UserError(f"llg_star: dummies: expected 'zeros', 'ones' or 'random', got {dummies!r}; write one")
         if rounds < 1:
