@@ -178,7 +178,7 @@ def test_single_precision_agrees_with_double():
 
 
 @pytest.mark.parametrize("repair", [False, True])
-@pytest.mark.parametrize("scale", [0.0, 1e-320, 1e-30, 1e30, 1e300])
+@pytest.mark.parametrize("scale", [0.0, 1e-320, 1e-30, 1.0, 1e30, 1e300])
 @pytest.mark.parametrize("kind", ["constant", "noise", "no_bias"])
 def test_degenerate_updates_give_counts(kind, scale, repair):
     block = digits_block(8)

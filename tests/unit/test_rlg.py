@@ -114,6 +114,14 @@ def test_every_answer_is_borne_out_by_linear_programs(seed, batch, spread, noise
         check(rows[0].numpy(), batch, answer[0].tolist())
 
 
+@pytest.mark.parametrize(
+    ("angle", "expected"), [(0.1, True), (0.02, True), (0.005, False), (0.0, False), (-0.5, False)]
+)
+def test_a_class_stands_apart_by_its_distance_from_the_quadrant_of_two_others(angle, expected):
+    columns = np.array([[1, 0, np.cos(angle)], [0, 1, -np.sin(angle)]])
+    assert stands_apart(columns, 2) == expected
+
+
 def test_certificates_decide_most_classes_of_an_untrained_net():
     labels = torch.arange(24)
     rows = torch.cat([softmax_gradient(s, classes=100, features=84, labels=labels, spread=0.05) for s in range(4)])
