@@ -59,8 +59,8 @@ def test_one_step_is_zlg(batch):
 
 def test_interpolation_helps_where_the_model_moves_far():
     protocol = Protocol(sends="delta", local_steps=10, lr=0.5)
-    block = digits_block(8, architecture="lenet_zhu", protocol=protocol, trials=50, sampler="iid")
-    assert block.recall(FedAvgLabels(samples=200)) > block.recall(ZLG(samples=200)) + 0.02
+    block = digits_block(8, architecture="lenet_zhu", protocol=protocol, trials=30)
+    assert block.recall(FedAvgLabels(samples=200)) > block.recall(ZLG(samples=200)) + 0.1
 
 
 def test_a_model_that_went_astray_gives_valid_counts():
