@@ -190,7 +190,7 @@ def reproduce(
         click.echo(session.interrupted(again), err=True)
         return session.INTERRUPTED
     rows = load_rows([out])
-    table = reproduction.compare(rows[rows["job_id"].isin(session.planned_jobs(out))], references)
+    table = reproduction.compare(rows[rows["job_id"].isin(session.planned_jobs(out))], references, whole=not quick)
     paths = reproduction.write_table(table, references, out)
     if as_json:
         click.echo(reproduction.to_json(table).rstrip("\n"))

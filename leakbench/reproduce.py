@@ -130,7 +130,7 @@ def is_quick(cell: Cell, references: References) -> bool:
     return any(all(row.get(key) == value for key, value in where.items()) for where in references.quick)
 
 
-def compare(rows: pd.DataFrame, references: References) -> pd.DataFrame:
+def compare(rows: pd.DataFrame, references: References, *, whole: bool = True) -> pd.DataFrame:
     """Return one line per figure, and one per cell without a figure (with the target's headline metric).
 
     A figure agrees if it differs from ours by no more than sampling explains: 1.96 standard deviations of the
@@ -140,6 +140,7 @@ def compare(rows: pd.DataFrame, references: References) -> pd.DataFrame:
     Args:
         rows: Result rows as `leakbench.results.load_rows` gives them.
         references: The figures.
+        whole: Whether figures of settings that are not among the rows have a line, too.
 
     Returns:
         `COLUMNS`; the lines with figures first, in their order.
@@ -152,7 +153,7 @@ def compare(rows: pd.DataFrame, references: References) -> pd.DataFrame:
         matching = [i for i, part in enumerate(cells) if _matches(part.iloc[0], where)]
         used.update(matching)
         lines += [_line(cells[i], metric, figure) for i in matching for metric in figure.values]
-        if not matching:
+        if whole and not matching:
             lines += [_unmeasured(figure, metric) for metric in figure.values]
     for i, part in enumerate(cells):
         if i not in used:
@@ -266,25 +267,26 @@ def shown(table: pd.DataFrame) -> Sequence[tuple[str, ...]]:
 
 
 def print_table(table: pd.DataFrame, references: References) -> None:
-    """Print the table to the terminal, lines with figures first, and the counts of the verdicts."""
+    """Print the table to the terminal, setting by setting, and the counts of the verdicts."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=False)
-    console.print(references.paper, style="bold", markup=False)
-    console.print(references.provenance, markup=False)
+    console = Console(highlight=False)
+    console.print(Text(references.paper, style="bold"), Text(references.provenance), "", sep="\n")
     colors = {"agrees": "green", "differs": "red"}
-    printed = Table(
-        "setting", "attack", "metric", "reference", "ours [95%]", "diff", "verdict", box=None, pad_edge=False
-    )
     notes: dict[str, int] = {}
-    for setting, attack, defense, metric, reference, ours, _, difference, verdict, note in shown(table):
+    setting = None
+    form = "  {:<26.26} {:<16} {:>15} {:>21} {:>7}  "
+    console.print(Text(form.format("attack", "metric", "reference", "ours [95%]", "diff") + "verdict", style="dim"))
+    for name, attack, defense, metric, reference, ours, _, difference, verdict, note in shown(table):
+        if name != setting:
+            setting = name
+            console.print(Text(name, style="bold"))
         mark = f" ({notes.setdefault(note, len(notes) + 1)})" if note else ""
         entry = attack if defense in ("", "none") else f"{attack} vs {defense}"
-        style = colors.get(verdict, "dim")
-        printed.add_row(setting, entry, metric, reference, ours, difference, f"[{style}]{verdict}{mark}[/{style}]")
-    console.print(printed)
+        line = Text(form.format(entry, metric, reference, ours, difference))
+        console.print(line.append(verdict + mark, style=colors.get(verdict, "dim")), soft_wrap=True)
     for note, number in notes.items():
-        console.print(f"({number}) {note}", markup=False)
+        console.print(Text(f"({number}) {note}"))
     counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
-    console.print(f"verdicts: {counts}", markup=False)
+    console.print(Text(f"verdicts: {counts}"))

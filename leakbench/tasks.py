@@ -232,6 +232,8 @@ class SGDStage(Part):
     """L2 weight decay."""
     drops: bool = False
     """Whether the learning rate drops tenfold after 3/8, 5/8 and 7/8 of the steps."""
+    augment: bool = False
+    """Whether images are padded by 4 black pixels, cropped at random and flipped left to right half of the time."""
 
     @classmethod
     def parse(cls, stage: str) -> SGDStage | None:

@@ -143,7 +143,7 @@ def train(
                 told = time.monotonic()
                 what = f"training {architecture.label} on {_shape(data)}, run {draw}"
                 _log.info("%s: step %d of %d", what, step, run.steps)
-            inputs, labels = _examples(data, batch, normalise)
+            inputs, labels = _examples(data, batch, normalise, augment=run.augment)
             run.optimizer.zero_grad()
             cross_entropy(module.train()(inputs), labels).backward()  # type: ignore[no-untyped-call]
             run.optimizer.step()
@@ -157,7 +157,7 @@ def train(
 def resumable(stage: str) -> SGDStage | None:
     """Return the run of SGD that ``stage`` is a point of, if all such points lie on one line of plain SGD."""
     sgd = SGDStage.parse(stage)
-    return None if sgd is None or sgd.momentum or sgd.drops else sgd
+    return None if sgd is None or sgd.momentum or sgd.drops or sgd.augment else sgd
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,7 @@ class _Run:
     due: dict[int, str]
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    augment: bool = False
     seeded_by: tuple[object, ...] = ()
 
 
@@ -186,7 +187,16 @@ def _run(module: nn.Module, sgd: SGDStage | None, examples: int, last: str) -> _
     )
     drops = [int(sgd.steps * eighths / 8) for eighths in (3, 5, 7)] if sgd.drops else []
     batch = min(sgd.batch_size, examples)
-    return _Run(sgd.steps, batch, batch, {sgd.steps: last}, optimizer, MultiStepLR(optimizer, drops), ("sgd", batch))
+    return _Run(
+        sgd.steps,
+        batch,
+        batch,
+        {sgd.steps: last},
+        optimizer,
+        MultiStepLR(optimizer, drops),
+        sgd.augment,
+        ("sgd", batch),
+    )
 
 
 def _shape(data: TrainingData) -> str:
@@ -194,9 +204,22 @@ def _shape(data: TrainingData) -> str:
     return f"{len(data.splits['private'])} images of {shape}"
 
 
-def _examples(data: TrainingData, rows: Tensor, normalise: bool) -> tuple[Tensor, Tensor]:
-    images = to_inputs(data.images[rows.numpy()], data.input_spec, normalise)
-    return images, torch.tensor(data.labels[rows.numpy()])
+def _examples(data: TrainingData, rows: Tensor, normalise: bool, *, augment: bool = False) -> tuple[Tensor, Tensor]:
+    images = data.images[rows.numpy()]
+    if augment:
+        images = _shifted_and_flipped(images)
+    return to_inputs(images, data.input_spec, normalise), torch.tensor(data.labels[rows.numpy()])
+
+
+def _shifted_and_flipped(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pad images (B, C, H, W) by 4 zeros, crop them back at random, and flip every second one, on average."""
+    padded = torch.nn.functional.pad(torch.tensor(images), (4, 4, 4, 4))
+    (count, _, height, width), each = images.shape, torch.arange(len(images))
+    top, left = torch.randint(9, (2, count, 1))
+    columns = torch.where(torch.rand(count, 1) < 0.5, torch.arange(width), torch.arange(width).flip(0))
+    rows = (top + torch.arange(height))[:, :, None]
+    cropped = padded[each[:, None, None], :, rows, (left + columns)[:, None, :]].permute(0, 3, 1, 2)
+    return cropped.contiguous().numpy()
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
