@@ -25,7 +25,7 @@ quickstart: $(STAMP)
 	$(BIN)/leakbench board runs/quick
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -39,3 +39,4 @@ check: lint types test
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_gradients.py
 	$(BIN)/python tests/benchmarks/bench_boundary.py
+	$(BIN)/python tests/benchmarks/bench_labels.py
