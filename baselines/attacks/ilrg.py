@@ -71,8 +71,7 @@ class ILRG(Attack):
             alone and one beyond that number becomes 0.
 
     Reference: Ma, Sun, Cui, Li, Guan, Liu, "Instance-wise Batch Label Restoration via Gradients in Federated Learning",
-    ICLR 2023, openreview FIrQfNSOoTr; the least-norm solution: Penrose, "A generalized inverse for matrices", 1955,
-    doi 10.1017/S0305004100030401
+    ICLR 2023, openreview FIrQfNSOoTr
     """
 
     recovers = frozenset({"labels"})

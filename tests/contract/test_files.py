@@ -49,7 +49,7 @@ def test_docstring_says_what_it_is_and_where_it_comes_from(stem, cls):
     reference = re.search(r"^Reference: (.+)", doc, flags=re.MULTILINE | re.DOTALL)
     assert reference, "write `Reference: authors, title, year, arXiv id`, or `Reference: none; why`"
     text = reference[1]
-    assert re.search(r"arXiv \d{4}\.\d{5}|doi 10\.", text) or re.match(r"none; \w+ \w+", text)
+    assert re.search(r"arXiv \d{4}\.\d{5}|doi 10\.|openreview \w{8}", text) or re.match(r"none; \w+ \w+", text)
     assert re.search(r"^Sees: " if issubclass(cls, leakbench.Attack) else r"^Acts on: ", doc, flags=re.MULTILINE)
     for name in inspect.signature(cls).parameters:
         assert re.search(rf"^    {name}: ", doc, flags=re.MULTILINE), f"Args of the docstring lack {name!r}"
