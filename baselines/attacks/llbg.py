@@ -53,8 +53,7 @@ def counts_from_bias(gradient: Tensor, confidence: Tensor, total: int) -> Tensor
     g = gradient.double()
     step = ((1 - confidence.double()) / total).expand_as(g)
     present = (g < 0) & (g.argsort(dim=1, stable=True).argsort(1) < total)
-    signal = g + present * step - 1 / g.shape[1]
-    return present + smallest_counts(signal, step, total - present.sum(1))
+    return present + smallest_counts(g + present * step, step, total - present.sum(1))
 
 
 @register("llbg", version=1)
@@ -62,8 +61,8 @@ class LLBG(Attack):
     """LLBG: labels from the signs and sizes of the last layer's bias gradient, whatever the activation.
 
     A class with a negative entry is in the batch. One occurrence of class c lowers its entry by (1 - gamma) / N, with
-    gamma the mean confidence of the correct class, and an untrained model's confidence 1 / C raises every entry: labels
-    go greedily to the least entry, which rises by that step each time.
+    gamma the mean confidence of the correct class: labels go greedily to the least entry, which rises by that step each
+    time. (The paper's offset 1 / C is the same for every class and changes no choice.)
 
     Sees: gradient of the last layer's bias, or its change over local steps; number of inputs behind the update,
     learning rate, local steps.

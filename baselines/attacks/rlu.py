@@ -99,24 +99,18 @@ def _counts(confidence: Tensor, db: Tensor, total: int) -> Tensor:
 
 
 def _returned(observation: Observation) -> dict[str, Tensor]:
-    """Return the tensors (T, *shape) of the model that the clients sent back."""
-    model, sent = observation.model, observation.update
-    if observation.sends == "weights":
-        return dict(sent)
-    return {name: model.parameters[name] - v if name in model.parameters else v for name, v in sent.items()}
+    """Return the parameters (T, *shape) of the model that the clients sent back."""
+    sent, old = observation.update, observation.model.parameters
+    return {name: sent[name] if observation.sends == "weights" else value - sent[name] for name, value in old.items()}
 
 
 def _erroneous(knowledge: Knowledge, replaced: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return mean logits and mean probabilities (M, C) in each class over auxiliary examples of other classes.
 
-    Every one of the other classes weighs the same. ``replaced`` are tensors that take the place of the model's.
+    Every one of the other classes weighs the same. ``replaced`` are parameters that take the place of the model's.
     """
     inputs, labels = knowledge.auxiliary
-    own = knowledge.model.parameters
-    model = knowledge.model.with_state(
-        parameters={n: v for n, v in replaced.items() if n in own},
-        buffers={n: v for n, v in replaced.items() if n not in own},
-    )
+    model = knowledge.model.with_state(parameters=replaced)
     parts = (part.expand(model.draws, *part.shape) for part in torch.split(inputs, CHUNK))
     logits = torch.cat([knowledge.forward(part, model=model)[0].double() for part in parts], 1)
     members = F.one_hot(labels, knowledge.num_classes).double()  # (n, C)

@@ -17,7 +17,7 @@ from leakbench.runner.scene import Weights
 from leakbench.tasks import Protocol, Task
 
 
-def granted_names(task: Task, weights: Weights, defense: Sequence[EntrySpec] = ()) -> frozenset[str]:
+def granted_names(task: Task, weights: Weights, defense: Sequence[EntrySpec]) -> frozenset[str]:
     """Return everything an attack's ``needs`` may count on: the grants, and the facts of the task and its defense."""
     merged = math.ceil(task.batch.size / math.prod(part.description.merges for part in defense))
     facts = {

@@ -337,6 +337,10 @@ def test_a_real_child_describes_what_is_an_entry_and_says_what_is_not(tmp_path, 
     }
     for name, (text, _) in bad.items():
         (tmp_path / name.split(":")[0]).write_text(text)
+    merging = tmp_path / "merging.py"
+    merging.write_text(shield.replace("pass", "merges = 3"))
+    (description,) = entries.describe([find_source("defense", str(merging))])
+    assert description.merges == 3
     refs = ["llg", *(str(tmp_path / name) for name in bad)]
     llg, *errors = entries.try_describe([find_source("attack", ref) for ref in refs])
     assert isinstance(llg, Description)

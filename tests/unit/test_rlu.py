@@ -86,8 +86,7 @@ def plain_rlu(block, update, trial, refinements=5):
     mu, e = plain_erroneous(block, model)
     if protocol.local_steps == 1:
         return plain_counts(e, db, total)
-    buffers = {n: v[trial : trial + 1] for n, v in update.items() if n not in before}
-    target, late = plain_erroneous(block, model.with_state(parameters=after, buffers=buffers))
+    target, late = plain_erroneous(block, model.with_state(parameters=after))
     o = [sum(db[i] * dw[i, d] for i in range(CLASSES)) / sum(db**2) for d in range(dw.shape[1])]
     n = plain_counts(late, db, total)
     unit = protocol.local_steps

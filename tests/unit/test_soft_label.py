@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,17 @@ def test_both_labels_and_the_mixing_coefficient_are_recovered(options):
     assert torch.equal(block.run(SoftLabel(classes=2), sent), block.counts)
 
 
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_net_that_is_confidently_wrong_hides_no_label(classes):
+    """There the greatest row may be the predicted class's, whose factor is positive."""
+    block = digits_block(classes, trials=16, sampler="unique", architecture="mlp")
+    name = f"{block.model.head}.weight"
+    wrong = block.model.with_state(parameters={name: 30 * block.model.parameters[name]})
+    block = replace(block, model=wrong, knowledge={**block.knowledge, "model": wrong})
+    sent, truth = defended(block, LabelSmoothing(alpha=0.4) if classes == 1 else Mixup())
+    torch.testing.assert_close(soft_labels(*head(block, sent), classes), truth, rtol=0, atol=1e-6)
+
+
 def test_a_mixture_of_one_label_counts_it_twice():
     block = digits_block(2, trials=32, sampler="iid", seed=1)
     assert (block.counts == 2).any()
@@ -118,7 +131,7 @@ def test_hard_labels_are_recovered_whatever_is_sent(protocol):
 
 @pytest.mark.parametrize("defense", [LabelSmoothing(), Mixup()], ids=repr)
 def test_the_summed_loss_changes_nothing(defense):
-    block = digits_block(defense.merges, trials=8, protocol=Protocol(reduction="sum"), sampler="unique")
+    block = digits_block(defense.merges, trials=64, protocol=Protocol(reduction="sum"), sampler="unique")
     assert torch.equal(block.run(SoftLabel(classes=defense.merges), defended(block, defense)[0]), block.counts)
 
 
