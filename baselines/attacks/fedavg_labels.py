@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from leakbench_baselines.attacks.zlg import estimated_counts, inverse, mean_behavior, noise
+from leakbench_baselines.attacks.zlg import estimated_counts, mean_behavior, noise
 from torch import Tensor
 
 from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
@@ -54,5 +54,5 @@ class FedAvgLabels(Attack):
             along = torch.arange(steps, dtype=mass.dtype, device=mass.device) / steps
             mass = mass + along * (end["mass"].nan_to_num(0.0) - mass)
             confidence = confidence + along.mean() * (end["confidence"].nan_to_num(0.0) - confidence)
-        counts = estimated_counts(observation, confidence, inverse(mass).mean(1, keepdim=True))
+        counts = estimated_counts(observation, confidence, (1 / mass).mean(1, keepdim=True))
         return Recovery(label_counts=counts[:, None])

@@ -57,13 +57,9 @@ def estimated_counts(observation: Observation, confidence: Tensor, mass_inverse:
     """
     total = observation.inputs_per_client * observation.clients
     share = confidence - observation.mean_head_weight.double().sum(-1) * mass_inverse
+    # Where no feature is active O is 0, and dW with it.
     counts: Tensor = round_to_total(share.nan_to_num(0.0, HUGE, -HUGE), total)
     return counts
-
-
-def inverse(mass: Tensor) -> Tensor:
-    """Return 1 / ``mass``; 0 where nothing reaches the last layer, whose gradient then says nothing either."""
-    return torch.where(mass > 0, 1 / mass, 0)
 
 
 @register("zlg", version=1)
@@ -100,5 +96,5 @@ class ZLG(Attack):
         """Estimate and round label counts (T, 1, C)."""
         prepared = observation.prepared
         return Recovery(
-            label_counts=estimated_counts(observation, prepared["confidence"], inverse(prepared["mass"]))[:, None]
+            label_counts=estimated_counts(observation, prepared["confidence"], 1 / prepared["mass"])[:, None]
         )

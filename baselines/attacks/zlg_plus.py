@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from leakbench_baselines.attacks.llg_star import piece_size
-from leakbench_baselines.attacks.zlg import estimated_counts, inverse, mean_behavior
+from leakbench_baselines.attacks.zlg import estimated_counts, mean_behavior
 from torch import Tensor
 
 from leakbench import Attack, Knowledge, Observation, Recovery, register
@@ -42,5 +42,5 @@ class ZLGPlus(Attack):
         """Estimate and round label counts (T, 1, C)."""
         prepared = observation.prepared
         return Recovery(
-            label_counts=estimated_counts(observation, prepared["confidence"], inverse(prepared["mass"]))[:, None]
+            label_counts=estimated_counts(observation, prepared["confidence"], 1 / prepared["mass"])[:, None]
         )

@@ -1,6 +1,6 @@
 """Speed of label attacks, with and without the gradients they read, against plain loops over trials.
 
-Run: ``python tests/benchmarks/bench_labels.py`` (about a minute, 2 threads). The plain loops are timed on a few trials
+Run: ``python tests/benchmarks/bench_labels.py`` (seconds on two idle cores). The plain loops are timed on a few trials
 and must name the same labels. Exits with 1 when a bar is missed.
 """
 
