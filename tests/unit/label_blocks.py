@@ -133,7 +133,7 @@ def digits_block(
         inputs_per_client=count,
         class_prior=(0.1,) * CLASSES,
     )
-    seeds = torch.arange(trials * 32).reshape(trials, 32).to(torch.uint8)
+    seeds = torch.arange(4 * trials).view(torch.uint8).reshape(trials, 32)  # four int64 each
     knowledge = {
         "facts": facts,
         "random": TrialRandom(seeds),
