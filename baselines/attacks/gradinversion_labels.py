@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from leakbench_baselines.attacks.llg import head_rows
 
 from leakbench import Attack, Observation, Recovery, UserError, register
-
-
-def head_rows(observation: Observation) -> Tensor:
-    """Return the last layer's weight gradient (T, C, d), up to a positive factor.
-
-    The factor is the learning rate where differences of weights are sent, so that it need not be known.
-    """
-    name = f"{observation.model.head}.weight"
-    sent = observation.update[name]
-    return observation.model.parameters[name] - sent if observation.sends == "weights" else sent
 
 
 @register("gradinversion_labels", version=1)

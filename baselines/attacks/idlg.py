@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leakbench_baselines.attacks.llg import row_sums
+from leakbench_baselines.attacks.llg import head_rows
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Attack, Observation, Recovery, register
@@ -28,7 +28,7 @@ class IDLG(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Return label counts (T, 1, C), none above 1."""
-        g = row_sums(observation)
+        g = head_rows(observation).sum(-1)
         if observation.inputs_per_client * observation.clients == 1:
             counts = F.one_hot(g.argmin(1), observation.num_classes)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from leakbench_baselines.attacks.llg import extract_counts, impact_of_negatives, row_sums
+from leakbench_baselines.attacks.llg import extract_counts, head_rows, impact_of_negatives
 from torch import Tensor
 
 from leakbench import Attack, NotGranted, Observation, Recovery, UserError, register
@@ -110,7 +110,7 @@ def _labels(observation: Observation) -> Tensor:
     try:
         return observation.labels
     except NotGranted:
-        g = row_sums(observation)
+        g = head_rows(observation).sum(-1)
     total = observation.inputs_per_client * observation.clients
     counts = extract_counts(g, impact_of_negatives(g, total), total, capped=True)
     classes = torch.arange(observation.num_classes, device=g.device).repeat(len(g))

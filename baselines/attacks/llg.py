@@ -13,16 +13,14 @@ SLACK = 1e-6
 """In units of the impact: more than rounding errors, less than 1/C."""
 
 
-def row_sums(observation: Observation) -> Tensor:
-    """Return the row sums (T, C) of the last layer's weight gradient, up to a positive factor.
+def head_rows(observation: Observation) -> Tensor:
+    """Return the last layer's weight gradient (T, C, d), up to a positive factor.
 
     The factor is the learning rate where differences of weights are sent, so that it need not be known.
     """
     name = f"{observation.model.head}.weight"
     sent = observation.update[name]
-    if observation.sends == "weights":
-        sent = observation.model.parameters[name] - sent
-    return sent.sum(-1)
+    return observation.model.parameters[name] - sent if observation.sends == "weights" else sent
 
 
 def extract_counts(
@@ -102,6 +100,6 @@ class LLG(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Extract label counts (T, 1, C)."""
-        g = row_sums(observation)
+        g = head_rows(observation).sum(-1)
         total = observation.inputs_per_client * observation.clients
         return Recovery(label_counts=extract_counts(g, impact_of_negatives(g, total), total)[:, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from leakbench_baselines.attacks.gradinversion_labels import head_rows
+from leakbench_baselines.attacks.llg import head_rows
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor
