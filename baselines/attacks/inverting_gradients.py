@@ -19,7 +19,7 @@ def total_variation(images: Tensor) -> Tensor:
     return down.sum(2) / max(1, down.shape[2]) + right.sum(2) / max(1, right.shape[2])
 
 
-@register("inverting_gradients", version=1)
+@register("inverting_gradients", version=2)
 class InvertingGradients(Attack):
     """Inverting Gradients: cosine distance between gradients plus total variation, by Adam on the gradient's sign.
 

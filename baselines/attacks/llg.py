@@ -80,7 +80,7 @@ def _least(values: Tensor, count: Tensor, most: int) -> Tensor:
     return below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
 
 
-@register("llg", version=1)
+@register("llg", version=2)
 class LLG(Attack):
     """LLG: labels from the signs and sizes of the last layer's weight-gradient rows.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
 
 
-@register("llg_plus", version=1)
+@register("llg_plus", version=2)
 class LLGPlus(Attack):
     """LLG+: LLG with the impact and the offset of a class measured on auxiliary data.
 

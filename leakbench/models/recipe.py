@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from leakbench.federation.inputs import to_inputs
 from leakbench.keys import PUBLIC_KEY, seed
 from leakbench.models.build import Transform, initialised, seeded
+from leakbench.models.small import Classifier
 from leakbench.tasks import SGDStage
 
 if TYPE_CHECKING:
@@ -129,8 +130,11 @@ def train(
     content = ["stage-run", RECIPE_VERSION, architecture.content(), data.fingerprint, normalise, draw, *run.seeded_by]
     run_seed = seed(PUBLIC_KEY, *content)
     order = torch.Generator().manual_seed(run_seed)
+    crops = torch.Generator().manual_seed(run_seed)
     batches: list[Tensor] = []
-    with seeded(run_seed), _one_thread():
+    # Our own nets draw nothing while they train. Holding the global generator would keep other threads from training.
+    own = isinstance(module, Classifier) and transform is None
+    with contextlib.nullcontext() if own else seeded(run_seed), _one_thread():
         told = time.monotonic()
         for step in range(1, run.steps + 1):
             if not batches:
@@ -143,7 +147,7 @@ def train(
                 told = time.monotonic()
                 what = f"training {architecture.label} on {_shape(data)}, run {draw}"
                 _log.info("%s: step %d of %d", what, step, run.steps)
-            inputs, labels = _examples(data, batch, normalise, augment=run.augment)
+            inputs, labels = _examples(data, batch, normalise, crops if run.augment else None)
             run.optimizer.zero_grad()
             cross_entropy(module.train()(inputs), labels).backward()  # type: ignore[no-untyped-call]
             run.optimizer.step()
@@ -204,21 +208,24 @@ def _shape(data: TrainingData) -> str:
     return f"{len(data.splits['private'])} images of {shape}"
 
 
-def _examples(data: TrainingData, rows: Tensor, normalise: bool, *, augment: bool = False) -> tuple[Tensor, Tensor]:
+def _examples(
+    data: TrainingData, rows: Tensor, normalise: bool, crops: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     images = data.images[rows.numpy()]
-    if augment:
-        images = _shifted_and_flipped(images)
+    if crops is not None:
+        images = _shifted_and_flipped(images, crops)
     return to_inputs(images, data.input_spec, normalise), torch.tensor(data.labels[rows.numpy()])
 
 
-def _shifted_and_flipped(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _shifted_and_flipped(images: NDArray[np.uint8], stream: torch.Generator) -> NDArray[np.uint8]:
     """Pad images (B, C, H, W) by 4 zeros, crop them back at random, and flip every second one, on average."""
     padded = torch.nn.functional.pad(torch.tensor(images), (4, 4, 4, 4))
     (count, _, height, width), each = images.shape, torch.arange(len(images))
-    top, left = torch.randint(9, (2, count, 1))
-    columns = torch.where(torch.rand(count, 1) < 0.5, torch.arange(width), torch.arange(width).flip(0))
+    top, left = torch.randint(9, (2, count, 1), generator=stream)
+    flipped = torch.rand(count, 1, generator=stream) < 0.5
+    columns = left + torch.where(flipped, torch.arange(width).flip(0), torch.arange(width))
     rows = (top + torch.arange(height))[:, :, None]
-    cropped = padded[each[:, None, None], :, rows, (left + columns)[:, None, :]].permute(0, 3, 1, 2)
+    cropped = padded[each[:, None, None], :, rows, columns[:, None, :]].permute(0, 3, 1, 2)
     return cropped.contiguous().numpy()
 
 

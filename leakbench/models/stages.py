@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import threading
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 DRAWS = 3
 """Checkpoints per trained stage."""
 
-_TRAINING = threading.Lock()
+_TRAINING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by run
 _UNREACHABLE: dict[str, str] = {}  # a download that fails takes most of a minute; once per process is enough
 
 
@@ -91,8 +92,7 @@ def checkpoint(
         raise UserError(f"stage {stage} has draws 0 to {DRAWS - 1}, got {draw}; give one of these")
     key = checkpoint_key(architecture, dataset, draw, normalise)
     folder = cache or cache_dir() / "checkpoints"
-    # One thread trains, the others find the result.
-    with _TRAINING:
+    with _TRAINING[key]:  # one thread trains, the others find the result
         found = _official(key, stage) or _cached(folder, key, stage)
         if found is None:
             start = None if sgd is None else _nearest(folder, key, sgd)

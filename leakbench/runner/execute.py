@@ -129,7 +129,10 @@ class Runner:
     def _unavailable(self, job: Job) -> str | None:
         try:
             self._shop.scenes.victims(job.task, [job.start])
-            weights = self._shop.scenes.weights(job.task, "one", [0])
+            trained = job.task.stage not in ("untrained", "pretrained")
+            # What is asked does not depend on training, which may take minutes.
+            task = job.task.model_copy(update={"stage": "untrained"}) if trained else job.task
+            weights = self._shop.scenes.weights(task, "one", [0])
         except Unavailable as error:
             return str(error)
         self._check_memory(job, weights)

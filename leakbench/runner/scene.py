@@ -6,8 +6,9 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -202,9 +203,10 @@ class Scenes:
         if task.stage == "untrained":
             model = build_model(task.architecture, shape, classes, seeds=self._init_seeds(task, data, numbers))
         else:
-            known = {
-                n: checkpoint(task.architecture, data, task.stage, n, normalise=task.normalise) for n in set(numbers)
-            }
+            draws = sorted(set(numbers))
+            get = partial(checkpoint, task.architecture, data, task.stage, normalise=task.normalise)
+            with ThreadPoolExecutor(len(draws)) as pool:  # those that have to be trained are trained side by side
+                known = dict(zip(draws, pool.map(get, draws), strict=True))
             state = {name: torch.cat([known[n].tensors[name] for n in numbers]) for name in known[numbers[0]].tensors}
             model = build_model(task.architecture, shape, classes, state=state)
             origin, hashes = known[numbers[0]].origin, tuple(known[n].sha256 for n in numbers)
