@@ -304,14 +304,22 @@ def status(out: Path, as_json: bool) -> None:
 @click.option("--json", "form", flag_value="json", help="Every column of every cell as JSON.")
 @click.option("--markdown", "form", flag_value="markdown", help="Tables as Markdown.")
 @click.option("--csv", "form", flag_value="csv", help="Every column of every cell as CSV.")
-def board(out: tuple[Path, ...], form: str | None) -> None:
-    """Print the board of the rows in OUT, or in several of them: each cell's mean, interval and chance level."""
-    from leakbench.board import render, score
+@click.option("--lanes", "only_lanes", is_flag=True, help="Only the lanes: each attack's mean over their tasks.")
+def board(out: tuple[Path, ...], form: str | None, only_lanes: bool) -> None:
+    """Print the board of the rows in OUT, or in several of them: lanes, then each cell's mean, interval and chance."""
+    from leakbench.board import render
+    from leakbench.board.lanes import lanes
+    from leakbench.board.score import cells
     from leakbench.results import load_rows
 
-    cells = score.cells(load_rows(out))
+    rows = load_rows(out)
+    board, ranked = cells(rows), lanes(rows)
+    if only_lanes:
+        board = board.iloc[:0]
     if form is None:
-        render.terminal(cells)
-        return
-    text = {"json": render.to_json, "markdown": render.markdown, "csv": render.to_csv}[form](cells)
-    click.echo(text.rstrip("\n"))
+        render.terminal(board, ranked)
+    elif form == "csv":
+        click.echo(render.to_csv(ranked if only_lanes else board).rstrip("\n"))
+    else:
+        text = {"json": render.to_json, "markdown": render.markdown}[form](board, ranked)
+        click.echo(text.rstrip("\n"))

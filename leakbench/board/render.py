@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from leakbench.board.columns import CELL_KEYS, COLUMNS, DEMONSTRATION_DATASETS, TASK_KEYS, entry_label, entry_parameters
+from leakbench.board.lanes import LANE_COLUMNS, LANE_KEYS
 from leakbench.board.score import TABLE_COLUMNS, group_ids
 from leakbench.board.stats import CONFIDENCE, RESAMPLES
 from leakbench.keys import DEVELOPMENT
 from leakbench.metrics import METRICS, headline
+from leakbench.tasks import STAGES, SGDStage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,6 +110,16 @@ def notes(board: pd.DataFrame) -> list[str]:
     return lines
 
 
+def _names(target: str) -> dict[str, str]:
+    """Return what headings call the ranking metric, what it is compared with, and the difference."""
+    spec = headline(target)
+    return {
+        "metric": spec.name.replace("_", " ") + (f" [{spec.unit}]" if spec.unit != "1" else ""),
+        "reference": "chance" if target == "labels" else "floor",
+        "edge": "advantage" if target == "labels" else "gain",
+    }
+
+
 def _short_labels(board: pd.DataFrame, kind: str) -> pd.Series[str]:
     """Return labels that fit: a long one keeps the parameters in which entries of its name differ."""
     parameters = board[f"{kind}_params"].map(entry_parameters)
@@ -137,17 +149,12 @@ def tables(board: pd.DataFrame) -> Iterator[Table]:
     """Yield one table per task, undefended cells first, then by defense, the best attack first."""
     for _, task in board.groupby(group_ids(board, TASK_KEYS), sort=False):
         first = task.iloc[0]
-        spec = headline(first["target"])
         task = task.assign(
             defense_short=_short_labels(task, "defense"),
             attack_short=_short_labels(task, "attack"),
             _defended=task["defense"] != "none",
         ).sort_values(["_defended", "defense_label", "mean"], ascending=[True, True, False], kind="stable")
-        names = {
-            "metric": spec.name.replace("_", " ") + (f" [{spec.unit}]" if spec.unit != "1" else ""),
-            "reference": "chance" if spec.target == "labels" else "floor",
-            "edge": "advantage" if spec.target == "labels" else "gain",
-        }
+        names = _names(first["target"])
         where = [str(first["season"]), str(first["lane"]) if not pd.isna(first["lane"]) else "no lane"]
         if not pd.isna(first["checkpoint"]):
             where.append(f"weights {first['checkpoint']}")
@@ -162,11 +169,12 @@ def tables(board: pd.DataFrame) -> Iterator[Table]:
         )
 
 
-def terminal(board: pd.DataFrame, console: Console | None = None) -> None:
+def terminal(board: pd.DataFrame, lanes: pd.DataFrame | None = None, console: Console | None = None) -> None:
     """Print the board.
 
     Args:
         board: What `leakbench.board.score.cells` returns.
+        lanes: What `leakbench.board.lanes.lanes` returns; printed above.
         console: Where to; standard output by default.
     """
     from rich import box
@@ -177,6 +185,14 @@ def terminal(board: pd.DataFrame, console: Console | None = None) -> None:
     console = console or Console()
     for note in notes(board):
         console.print(Text(note, style="bold"))
+    for lane in () if lanes is None else lane_tables(lanes):
+        console.print("", Text(lane.title, style="bold"), sep="\n")
+        grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+        for number, heading in enumerate(["attack", *lane.header]):
+            grid.add_column(Text(heading), justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+        for attack, texts in lane.lines:
+            grid.add_row(*map(Text, [attack, *texts]))
+        console.print(grid, Text(lane.caption, style="dim"), sep="\n")
     for table in tables(board):
         console.print("", Text(table.title, style="bold"), sep="\n")
         every = [table.header, *(texts for _, texts in table.lines)]
@@ -196,9 +212,65 @@ def terminal(board: pd.DataFrame, console: Console | None = None) -> None:
         console.print(Text(table.caption, style="dim"))
 
 
-def markdown(board: pd.DataFrame) -> str:
-    """Return the board as Markdown."""
+def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
+    """Yield one table per lane, season and stage, the best attack first.
+
+    Of more than `MOST_STAGES` stages the first, the last and some between are shown.
+    """
+    for keys, lane in lanes.groupby([key for key in LANE_KEYS if key != "stage"], sort=False, dropna=False):
+        season, _, _, name, target, demonstration = map(str, keys)
+        shown = f"lane {name}, {{}}" + (", demonstration" if demonstration == "True" else "")
+        stages = sorted(lane["stage"].unique(), key=_stage_order)
+        left_out = len(stages) - MOST_STAGES
+        if left_out > 0:
+            stages = [stages[round(i * (len(stages) - 1) / (MOST_STAGES - 1))] for i in range(MOST_STAGES)]
+        lane = lane.reset_index(drop=True)
+        lane = lane.assign(short=_short_labels(lane, "attack"))
+        for stage in stages:
+            yield Table(
+                title=f"{shown.format(stage)}  (season {season}, undefended)",
+                header=[column.title.format(**_names(target)) for column in LANE_VIEW],
+                lines=[
+                    (line["short"], [column.text(line) for column in LANE_VIEW])
+                    for line in lane[lane["stage"] == stage].to_dict("records")
+                ],
+                caption=f"means over tasks [{CONFIDENCE:.0%} interval]; tasks on which an attack did not run count as "
+                f"{_names(target)['reference']}; attacks of one group cannot be told apart"
+                + (f"; {left_out} stages are left out here: --csv" if left_out > 0 else ""),
+            )
+
+
+def _lane_edge(line: Line) -> str:
+    edge, low, high = (_number(line[key], line["target"]) for key in ("edge", "edge_low", "edge_high"))
+    return edge if edge == "-" else f"{edge} [{low}, {high}]"
+
+
+LANE_VIEW: tuple[ViewColumn, ...] = (
+    ViewColumn("{edge}", _lane_edge),
+    ViewColumn("group", _tie),
+    ViewColumn("tasks", lambda c: f"{c['covered']}/{c['tasks']}"),
+    ViewColumn("{metric}", lambda c: _number(c["mean"], c["target"])),
+    ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
+)
+"""The columns of a lane's table that follow the attack, in order."""
+
+MOST_STAGES = 4
+"""Most stages side by side in a printed table."""
+
+
+def _stage_order(stage: str) -> tuple[int, str]:
+    sgd = SGDStage.parse(stage)
+    return (sgd.steps, stage) if sgd else (-len(STAGES) + STAGES.index(stage), stage)
+
+
+def markdown(board: pd.DataFrame, lanes: pd.DataFrame | None = None) -> str:
+    """Return the board as Markdown, the lanes first."""
     parts = ["\n".join(f"> {note}" for note in notes(board))]
+    for lane in () if lanes is None else lane_tables(lanes):
+        rows = [["attack", *lane.header], ["---", *("---:" for _ in lane.header)]]
+        rows += [[attack, *texts] for attack, texts in lane.lines]
+        lines = ["| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in rows]
+        parts.append("\n".join([f"### {lane.title}", "", *lines, "", f"*{lane.caption}*"]))
     for table in tables(board):
         rule = ["---", *("---:" if column.right else "---" for column in VIEW)]
         rows = [["defense", *table.header], rule, *([defense, *texts] for defense, texts in table.lines)]
@@ -212,16 +284,23 @@ def to_csv(board: pd.DataFrame) -> str:
     return str(board.to_csv(index=False))
 
 
-def to_json(board: pd.DataFrame) -> str:
-    """Return every column of every cell as JSON: ``{"meta": ..., "cells": [...]}``; what is unknown is null."""
+def to_json(board: pd.DataFrame, lanes: pd.DataFrame | None = None) -> str:
+    """Return every column of every cell as JSON; what is unknown is null.
+
+    Returns:
+        ``{"meta": ..., "cells": [...], "lanes": [...]}``
+    """
     columns = dict.fromkeys(CELL_KEYS, "identity")
     columns |= {column.key: column.label for column in COLUMNS} | TABLE_COLUMNS
     meta = {
         "notes": notes(board),
         "columns": columns,
+        "lane_columns": LANE_COLUMNS,
         "metrics": {name: spec.description for name, spec in METRICS.items()},
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
     }
     lines = json.loads(board.to_json(orient="records", double_precision=15))
-    return json.dumps({"meta": meta, "cells": lines}, indent=1)
+    lanes = pd.DataFrame() if lanes is None else lanes
+    ranked = json.loads(lanes.to_json(orient="records", double_precision=15))
+    return json.dumps({"meta": meta, "cells": lines, "lanes": ranked}, indent=1)

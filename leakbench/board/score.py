@@ -29,7 +29,7 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
         those of `TABLE_COLUMNS` depends on other cells.
     """
     rows = rows.dropna(subset=["attack"])
-    built = [Cell(keys, part) for keys, part in _split(_with_checkpoint(rows))] if len(rows) else []
+    built = [Cell(keys, part) for keys, part in split_cells(rows)] if len(rows) else []
     columns = [*CELL_KEYS, *(column.key for column in COLUMNS)]
     frame = pd.DataFrame(
         [cell.keys | {column.key: column.produce(cell) for column in COLUMNS} for cell in built], columns=columns
@@ -53,7 +53,9 @@ def group_ids(frame: pd.DataFrame, keys: tuple[str, ...]) -> pd.Series[int]:
     return frame.groupby(list(keys), dropna=False, sort=False).ngroup()
 
 
-def _split(rows: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+def split_cells(rows: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+    """Return the rows of every cell, by draw and trial, with the values of `CELL_KEYS`."""
+    rows = _with_checkpoint(rows)
     parts = rows.sort_values(["draw", "trial"], kind="stable").groupby(group_ids(rows, CELL_KEYS))
     return [({key: _plain(part[key].iloc[0]) for key in CELL_KEYS}, part) for _, part in parts]
 

@@ -59,6 +59,27 @@ def bootstrap(values: NDArray[np.float64], clusters: Sequence[Hashable], *names:
     return Interval(mean, float(low), float(high))
 
 
+def stratified(parts: Sequence[tuple[float, NDArray[np.float64]]], *names: object) -> Interval:
+    """Return a weighted sum of means with its percentile interval, resampling within each part.
+
+    Args:
+        parts: Weight, and (n,) values of one part; values of different parts are independent.
+        names: What the values belong to; they seed the resampling.
+    """
+    rng = np.random.default_rng(seed(PUBLIC_KEY, "bootstrap", *names))
+    totals = np.zeros(RESAMPLES)
+    for weight, values in parts:
+        step = max(1, _CHUNK // len(values))
+        for start in range(0, RESAMPLES, step):
+            stop = min(start + step, RESAMPLES)
+            totals[start:stop] += weight * values[rng.integers(len(values), size=(stop - start, len(values)))].mean(1)
+    mean = sum(weight * float(values.mean()) for weight, values in parts)
+    if any(len(values) < 2 for _, values in parts):
+        return Interval(mean, np.nan, np.nan)
+    low, high = np.quantile(totals, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(mean, float(low), float(high))
+
+
 def paired(a: pd.Series[float], b: pd.Series[float]) -> pd.Series[float]:
     """Return a - b on their common trials; both are indexed by trial."""
     common = a.index.intersection(b.index)

@@ -247,7 +247,7 @@ def test_a_frame_without_attacks_is_an_empty_board():
     assert cells(frame(make([0.5], attack=None))).empty
     assert defense_worst_case(board).empty
     assert json.loads(render.to_json(board))["cells"] == []
-    render.terminal(board, Console(file=io.StringIO()))
+    render.terminal(board, console=Console(file=io.StringIO()))
 
 
 def test_the_worst_attack_decides_the_privacy_of_a_defense():
@@ -314,7 +314,7 @@ def demonstration():
 
 def test_the_terminal_says_what_the_numbers_are_for_and_shows_interval_and_chance():
     out = io.StringIO()
-    render.terminal(demonstration(), Console(file=out, width=80))
+    render.terminal(demonstration(), console=Console(file=out, width=80))
     text = out.getvalue()
     assert "season development" in text
     assert "no records" in text

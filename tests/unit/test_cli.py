@@ -149,7 +149,7 @@ def test_the_schema_is_printed_as_markdown(leakbench):
         (["run", "quick", "--fresh", "--keep"], "got both"),
         (["run", "quick", "--season-key", "/no/key"], "/no/key"),
         (["run", "quik"], "Did you mean 'quick'"),
-        (["run", "quick", "--attack", "lgl"], "Did you mean 'llg'"),
+        (["run", "quick", "--attack", "llgg"], "Did you mean 'llg'"),
         (["run", "quick", "--attack", "llg(x=1)"], "no parameter 'x'"),
         (["run", "quick", "--attack", "llg+llg"], "expected one attack"),
         (["run", "quick", "--defense", "topkk"], "Did you mean 'topk'"),

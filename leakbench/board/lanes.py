@@ -1,0 +1,118 @@
+"""The board of a lane: each attack's mean over all undefended tasks of the lane, stage by stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from leakbench.board.columns import ATTACK_KEYS, DEMONSTRATION_DATASETS, Cell
+from leakbench.board.score import group_ids, split_cells
+from leakbench.board.stats import rank_groups, stratified
+
+LANE_KEYS = ("season", "season_commitment", "benchmark_version", "lane", "target", "demonstration", "stage")
+"""What one table of attacks shares."""
+
+LANE_COLUMNS = {
+    "attack_label": "attack with its notable parameters",
+    "tasks": "undefended tasks of this lane and stage",
+    "covered": "those on which the attack ran; on the others it counts as chance or floor",
+    "mean": "mean of the ranking metric over the covered tasks, each with equal weight",
+    "reference": "mean chance (labels) or floor (inputs) of these",
+    "edge": "labels: mean of (value - chance) / (1 - chance) over all tasks; inputs: mean gain over the floor, dB",
+    "edge_low": "lower end of its 95% interval; victims that tasks share are resampled together",
+    "edge_high": "upper end of its 95% interval",
+    "rank_group": "1 for the best attack and those that cannot be told from it; null: ran on no task",
+}
+"""The columns that follow `LANE_KEYS` and the attack's keys."""
+
+_VICTIM = ("dataset", "dataset_fingerprint", "batch_size", "sampler", "sampler_alpha", "sampler_classes")
+"""With the trial, and the number of examples behind the update, what tells victims apart."""
+
+
+def lanes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one line per lane, stage and attack.
+
+    Args:
+        rows: Result rows as `leakbench.results.load_rows` gives them. Rows without a lane or with a defense are left
+            out; demonstration datasets make tables of their own.
+
+    Returns:
+        `LANE_KEYS`, `ATTACK_KEYS` and `LANE_COLUMNS`, the best attack first.
+    """
+    rows = rows.dropna(subset=["attack", "lane"])
+    rows = rows[rows["defense"] == "none"]
+    rows = rows.assign(demonstration=rows["dataset"].isin(list(DEMONSTRATION_DATASETS)))
+    lines: list[dict[str, Any]] = []
+    for _, table in rows.groupby(group_ids(rows, LANE_KEYS)):
+        lines += _table(table)
+    return pd.DataFrame(lines, columns=[*LANE_KEYS, *ATTACK_KEYS, *LANE_COLUMNS])
+
+
+def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    keys = {key: rows[key].iloc[0] for key in LANE_KEYS}
+    # A task of which nothing could be measured by anyone, for want of data, is no task of this table.
+    measured = {task for task, part in rows.groupby("task_hash") if part["status"].ne("unavailable").any()}
+    rows = rows[rows["task_hash"].isin(measured)]
+    victims = {task: _victims(part) for task, part in rows.groupby("task_hash")}
+    built = []
+    for _, part in rows.groupby(group_ids(rows, ATTACK_KEYS)):
+        cells = [cell for cell in (Cell(k, p) for k, p in split_cells(part)) if len(cell.tried)]
+        edges = _edges(cells, victims)
+        line = keys | {key: part[key].iloc[0] for key in ATTACK_KEYS}
+        line |= {
+            "attack_label": part["attack_label"].iloc[0],
+            "tasks": len(measured),
+            "covered": len({cell.keys["task_hash"] for cell in cells}),
+            "mean": float(np.mean([cell.mean(cell.metric) for cell in cells])) if cells else np.nan,
+            "reference": float(np.mean([cell.chance for cell in cells])) if cells else np.nan,
+        }
+        # Every law of victims weighs as much as it has tasks; victims of one law are resampled.
+        parts = [
+            (edge["tasks"].iloc[0] / len(measured), edge["edge"].to_numpy(float)) for _, edge in edges.groupby("law")
+        ]
+        interval = stratified(parts, "lane", *(line[key] for key in (*LANE_KEYS, *ATTACK_KEYS)))
+        line |= {"edge": interval.mean, "edge_low": interval.low, "edge_high": interval.high, "rank_group": np.nan}
+        built.append((line, edges["edge"] * edges["tasks"] * (len(edges) / len(measured)) / edges["victims"]))
+    built.sort(key=lambda item: (-item[0]["edge"], item[0]["attack_label"]))
+    ran = [(line, series) for line, series in built if line["covered"]]
+    entries = [(repr([line[key] for key in ATTACK_KEYS]), series) for line, series in ran]
+    for (line, _), rank in zip(ran, rank_groups(entries, "lane", *keys.values()), strict=True):
+        line["rank_group"] = rank
+    never = [
+        line | {"edge": np.nan, "edge_low": np.nan, "edge_high": np.nan} for line, _ in built if not line["covered"]
+    ]
+    return [*(line for line, _ in ran), *never]
+
+
+def _victims(part: pd.DataFrame) -> pd.DataFrame:
+    """Return the victims of a task by draw and trial: the law they are drawn by, and their number under it."""
+    first = part.iloc[0]
+    law = repr((*(str(first[key]) for key in _VICTIM), int(first["local_steps"]), int(first["clients"])))
+    return part[["draw", "trial"]].drop_duplicates().assign(law=law)
+
+
+def _edges(cells: list[Cell], victims: dict[Any, pd.DataFrame]) -> pd.DataFrame:
+    """Return the mean edge over tasks of every victim.
+
+    Returns:
+        ``edge``, ``law``, ``tasks`` (of that law) and ``victims`` (of that law).
+    """
+    known = {cell.keys["task_hash"]: cell for cell in cells}
+    parts = []
+    for task, drawn in victims.items():
+        edges = pd.Series(0.0, index=pd.MultiIndex.from_frame(drawn[["draw", "trial"]]))
+        if task in known:
+            cell = known[task]
+            gap = cell.by_trial - cell.chance
+            edges.loc[gap.index] = gap / (1 - cell.chance) if cell.metric.target == "labels" else gap
+        parts.append(drawn.assign(edge=edges.to_numpy(), task=task))
+    every = pd.concat(parts)
+    by_law = every.groupby("law")["task"].nunique()
+    means = every.groupby(["law", "trial"], as_index=False)["edge"].mean()
+    counts = means.groupby("law")["trial"].transform("size")
+    means.index = pd.Index([f"{law} {trial}" for law, trial in zip(means["law"], means["trial"], strict=True)])
+    counts.index = means.index
+    result: pd.DataFrame = means.assign(tasks=means["law"].map(by_law), victims=counts)
+    return result

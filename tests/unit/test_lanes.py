@@ -1,0 +1,130 @@
+"""The board of a lane, against cases worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_board import INPUTS, LABELS, frame, make
+
+from leakbench.board import render
+from leakbench.board.lanes import LANE_COLUMNS, lanes
+from leakbench.board.score import cells
+from leakbench.board.stats import RESAMPLES, stratified
+from leakbench.tasks import BatchSpec
+
+EIGHT = LABELS.model_copy(update={"batch": BatchSpec(size=8)})
+DEEP = LABELS.model_copy(update={"stage": "converged"})
+
+
+def by_attack(table):
+    return {line["attack"]: line for line in table.to_dict("records")}
+
+
+def test_tasks_weigh_the_same_however_many_trials_they_have():
+    parts = [make([1.0] * 8, reference=0.5), make([0.6, 0.6], task=EIGHT, reference=0.2)]
+    line = by_attack(lanes(frame(*parts)))["llg"]
+    assert line["edge"] == pytest.approx((1.0 + 0.5) / 2)
+    assert (line["tasks"], line["covered"]) == (2, 2)
+    assert line["mean"] == pytest.approx(0.8)
+    assert line["reference"] == pytest.approx(0.35)
+
+
+def test_a_task_on_which_an_attack_did_not_run_counts_as_chance():
+    skipped = make([None] * 8, "rlu", task=EIGHT, statuses=["not_applicable"] * 8)
+    ran = [make([1.0] * 8, "rlu"), make([0.6] * 8, "llg"), make([0.6] * 8, "llg", task=EIGHT)]
+    for parts in ([*ran, skipped], ran):  # not applicable, or never planned
+        table = by_attack(lanes(frame(*parts)))
+        assert (table["rlu"]["edge"], table["rlu"]["covered"], table["rlu"]["tasks"]) == (pytest.approx(0.5), 1, 2)
+        assert table["llg"]["edge"] == pytest.approx(0.5)
+
+
+def test_a_failed_trial_counts_as_chance():
+    line = by_attack(lanes(frame(make([1.0, None], reference=0.2))))["llg"]
+    assert line["edge"] == pytest.approx(0.5)
+
+
+def test_an_attack_that_ran_nowhere_has_no_rank():
+    never = make([None] * 8, "rlu", statuses=["not_applicable"] * 8)
+    table = lanes(frame(never, make([0.1] * 8, "random_labels")))
+    assert table["attack"].tolist() == ["random_labels", "rlu"]
+    assert table["rank_group"].tolist()[0] == 1
+    assert np.isnan(table["rank_group"].tolist()[1])
+    assert np.isnan(table["edge"].tolist()[1])
+
+
+def test_a_task_whose_data_nobody_has_is_no_task_of_the_lane():
+    missing = [make([None] * 4, a, task=EIGHT, statuses=["unavailable"] * 4) for a in ("llg", "rlu")]
+    table = by_attack(lanes(frame(make([0.6] * 4, "llg"), make([0.7] * 4, "rlu"), *missing)))
+    assert {line["tasks"] for line in table.values()} == {1}
+
+
+def test_stages_lanes_and_demonstrations_are_tables_of_their_own_and_defended_rows_are_none():
+    digits = LABELS.model_copy(update={"dataset": "digits"})
+    parts = [make([0.5] * 3), make([0.5] * 3, task=DEEP), make([0.5] * 3, task=digits), make([9.0] * 3, task=INPUTS)]
+    table = lanes(frame(*parts, make([1.0] * 3, defense="topk", defense_params='{"p":0.9}')))
+    assert len(table) == 4
+    assert sorted(zip(table["lane"], table["stage"], table["demonstration"], strict=True)) == [
+        ("passive_images", "untrained", False),
+        ("passive_labels", "converged", False),
+        ("passive_labels", "untrained", False),
+        ("passive_labels", "untrained", True),
+    ]
+
+
+def test_attacks_that_differ_on_every_victim_are_in_different_groups_and_equal_ones_share_theirs():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.3, 0.6, 40)
+    parts = [
+        make(list(base + 0.2), "best"),
+        make(list(base), "middle"),
+        make(list(base + rng.normal(0, 1e-3, 40)), "as_good"),
+        make(list(base - 0.2), "worst"),
+    ]
+    groups = {name: line["rank_group"] for name, line in by_attack(lanes(frame(*parts))).items()}
+    assert groups == {"best": 1, "middle": 2, "as_good": 2, "worst": 3}
+
+
+def test_the_interval_covers_the_mean_at_its_level():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for i in range(300):
+        parts = [(0.25, rng.normal(1, 1, 30)), (0.75, rng.normal(2, 2, 40))]
+        interval = stratified(parts, i)
+        hits += interval.low <= 0.25 * 1 + 0.75 * 2 <= interval.high
+        assert interval.mean == pytest.approx(0.25 * parts[0][1].mean() + 0.75 * parts[1][1].mean())
+    assert 0.9 < hits / 300 < 0.98
+    assert np.isnan(stratified([(1.0, np.array([3.0]))], "one").low)
+    assert RESAMPLES >= 1000
+
+
+def test_lanes_are_printed_above_the_cells_and_are_in_the_json():
+    rows = frame(make([0.5, 0.6, 0.7]), make([0.5, 0.4, 0.7], "rlu", task=DEEP))
+    table, board = lanes(rows), cells(rows)
+    out = io.StringIO()
+    render.terminal(board, table, Console(file=out, width=80))
+    text = out.getvalue()
+    assert text.index("lane passive_labels, untrained") < text.index("lane passive_labels, converged")
+    assert text.index("lane passive_labels, converged") < text.index("mnist-mlp-untrained")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "| llg |" in render.markdown(board, table)
+    document = json.loads(render.to_json(board, table))
+    assert len(document["lanes"]) == 2
+    assert set(document["meta"]["lane_columns"]) == set(LANE_COLUMNS) <= set(document["lanes"][0])
+
+
+def test_of_many_stages_some_are_shown_and_the_rest_is_said_to_be_left_out():
+    stages = [LABELS.model_copy(update={"stage": f"sgd(steps={n})"}) for n in range(100, 1100, 100)]
+    table = lanes(frame(*(make([0.5, 0.6], task=task) for task in stages)))
+    shown = list(render.lane_tables(table))
+    assert [lane.title.split(",")[1].split("  ")[0].strip() for lane in shown] == [
+        "sgd(steps=100)", "sgd(steps=400)", "sgd(steps=700)", "sgd(steps=1000)"
+    ]  # fmt: skip
+    assert "6 stages are left out" in shown[0].caption
+
+
+def test_no_rows_make_an_empty_table():
+    assert lanes(frame(make([0.5])).iloc[:0]).empty
