@@ -19,6 +19,9 @@ from leakbench.errors import LeakbenchError, UserError, unknown
 KINDS = ("attacks", "defenses", "datasets", "architectures", "suites", "metrics")
 """What can be listed."""
 
+NEUTRAL = {"merges": 1}
+"""Values that say nothing of an entry."""
+
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 a job failed, 2 a mistake of the user, 130 interrupted."""
@@ -238,7 +241,7 @@ def show(name: str, as_json: bool) -> None:
         for key, value in item.items():
             if key == "tasks":
                 _show_tasks(value)
-            elif key not in ("name", "kind", "summary", "doc") and value not in (None, [], {}, ""):
+            elif key not in ("name", "kind", "summary", "doc") and value not in (None, [], {}, "", NEUTRAL.get(key)):
                 click.echo(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}")
         if item.get("doc"):
             click.echo("\n" + textwrap.indent(item["doc"].partition("\n")[2].strip("\n"), "  "))
