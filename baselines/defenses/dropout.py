@@ -48,7 +48,7 @@ class Dropout(Defense):
         Raises:
             UserError: The model does more after its last linear layer than return the logits.
         """
-        if self.p == 0:
+        if self.p == 0 or not grads:
             return grads
         if not ctx.model.head_is_last:
             raise UserError(

@@ -52,6 +52,12 @@ def test_a_tensorwise_defense_treats_a_tensor_the_same_alone(cls):
         torch.testing.assert_close(block.update(defense=cls(), names=[name])[name], value)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("cls", DEFENSES)
+def test_an_attack_that_reads_nothing_is_sent_nothing(cls, block):
+    assert block.update(defense=cls(), names=[]) == {}
+
+
 @pytest.mark.parametrize("cls", SWEPT)
 def test_distortion_grows_with_the_declared_strength(cls):
     parameter, stronger = cls.strength
