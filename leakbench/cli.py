@@ -7,14 +7,17 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from leakbench.errors import LeakbenchError, UserError, unknown
+from leakbench.errors import INTERRUPTED, LeakbenchError, UserError, unknown
+
+if TYPE_CHECKING:
+    from leakbench.runner.session import Report
 
 KINDS = ("attacks", "defenses", "datasets", "architectures", "suites", "metrics")
 """What can be listed."""
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         _fail(error.format_message())
     except click.Abort:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except LeakbenchError as error:
         _fail(str(error))
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -64,80 +67,70 @@ def cli() -> None:
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
+_RUN_OPTIONS = (
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+    click.option("--workers", type=int, help="Jobs at a time. [default: CPU cores, at most 8; 1 on a GPU]"),
+    click.option("--out", type=click.Path(path_type=Path), help="Directory of the rows. [default: in runs/]"),
+    click.option(
+        "--isolation",
+        type=click.Choice(["auto", "none", "process", "bwrap"]),
+        default="auto",
+        show_default=True,
+        help="What separates entries from the truth; auto is bwrap where installed, else process.",
+    ),
+    click.option("--season-key", type=click.Path(path_type=Path), help="File with the secret key of a season."),
+    click.option("--fresh", is_flag=True, help="Measure again what other leakbench code measured."),
+    click.option("--keep", is_flag=True, help="Keep what other leakbench code measured."),
+    click.option("--retry-failed", is_flag=True, help="Run again the jobs that failed or lacked data or weights."),
+    click.option("--only-available", is_flag=True, help="Leave out the jobs whose data is not at hand."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+)
+"""What `run` and `reproduce` share."""
+
+
+def _run_options(command: Callable[..., int]) -> Callable[..., int]:
+    for option in reversed(_RUN_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _run(suite: str, out: Path | None, fresh: bool, keep: bool, **options: Any) -> Report | None:
+    """Run a suite; None where the user stopped it."""
+    if options.get("trials") is not None and options["trials"] < 1:
+        raise UserError(f"--trials: expected at least 1, got {options['trials']}; try --trials 64")
+    if options["workers"] is not None and options["workers"] < 1:
+        raise UserError(f"--workers: expected at least 1, got {options['workers']}; try --workers 2")
+    if fresh and keep:
+        raise UserError("--fresh and --keep: expected one of them, got both")
+    from leakbench.runner import session
+
+    again = shlex.join(["leakbench", *sys.argv[1:]])
+    other: Literal["fresh", "keep", "stop"] = "fresh" if fresh else "keep" if keep else "stop"
+    try:
+        return session.run_suite(session.Request(suite=suite, out=out, other_code=other, command=again, **options))
+    except KeyboardInterrupt:
+        click.echo(session.interrupted(again), err=True)
+        return None
+
+
 @cli.command()
 @click.argument("suite")
 @click.option("--attack", "attacks", multiple=True, metavar="EXPR", help="Instead of the suite's attacks; repeatable.")
 @click.option("--defense", "defenses", multiple=True, metavar="EXPR", help="Instead of its defenses; repeatable.")
 @click.option("--trials", type=int, help="Instead of the suite's number of trials.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--workers", type=int, help="Jobs at a time. [default: CPU cores, at most 8; 1 on a GPU]")
 @click.option("--shard", metavar="I/N", help="Do only the I-th of N parts of the jobs.")
-@click.option("--out", type=click.Path(path_type=Path), help="Directory of the rows. [default: runs/SUITE]")
-@click.option(
-    "--isolation",
-    type=click.Choice(["auto", "none", "process", "bwrap"]),
-    default="auto",
-    show_default=True,
-    help="What separates entries from the truth; auto is bwrap where installed, else process.",
-)
-@click.option("--season-key", type=click.Path(path_type=Path), help="File with the secret key of a season.")
-@click.option("--fresh", is_flag=True, help="Measure again what other leakbench code measured.")
-@click.option("--keep", is_flag=True, help="Keep what other leakbench code measured.")
-@click.option("--retry-failed", is_flag=True, help="Run again the jobs that failed or lacked data or weights.")
-@click.option("--only-available", is_flag=True, help="Leave out the jobs whose data is not at hand.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def run(
-    suite: str,
-    attacks: tuple[str, ...],
-    defenses: tuple[str, ...],
-    trials: int | None,
-    device: str,
-    workers: int | None,
-    shard: str | None,
-    out: Path | None,
-    isolation: str,
-    season_key: Path | None,
-    fresh: bool,
-    keep: bool,
-    retry_failed: bool,
-    only_available: bool,
-    as_json: bool,
-) -> int:
+@_run_options
+def run(suite: str, shard: str | None, as_json: bool, **options: Any) -> int:
     """Run SUITE (a name or a YAML file) and write one row per trial.
 
     Running the same command again resumes it. EXPR is NAME, NAME(key=value) or path/to/file.py:Class; a chain of
     defenses is joined by +.
     """
-    if trials is not None and trials < 1:
-        raise UserError(f"--trials: expected at least 1, got {trials}; try --trials 64")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {workers}; try --workers 2")
-    if fresh and keep:
-        raise UserError("--fresh and --keep: expected one of them, got both")
-    from leakbench.runner import plan, session
+    from leakbench.runner.plan import parse_shard
 
-    again = shlex.join(["leakbench", *sys.argv[1:]])
-    request = session.Request(
-        suite=suite,
-        attacks=attacks,
-        defenses=defenses,
-        trials=trials,
-        device=device,
-        workers=workers,
-        shard=plan.parse_shard(shard or "1/1"),
-        out=out,
-        isolation=isolation,
-        season_key=season_key,
-        other_code="fresh" if fresh else "keep" if keep else "stop",
-        retry_failed=retry_failed,
-        only_available=only_available,
-        command=again,
-    )
-    try:
-        report = session.run_suite(request)
-    except KeyboardInterrupt:
-        click.echo(session.interrupted(again), err=True)
-        return session.INTERRUPTED
+    report = _run(suite, shard=parse_shard(shard or "1/1"), **options)
+    if report is None:
+        return INTERRUPTED
     if as_json:
         _print_json(report.content())
     else:
@@ -148,59 +141,29 @@ def run(
 @cli.command()
 @click.argument("paper")
 @click.option("--quick", is_flag=True, help="Only the cells that the reference file calls quick, with fewer trials.")
-@click.option("--only-available", is_flag=True, help="Leave out the settings whose data is not at hand.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--workers", type=int, help="Jobs at a time. [default: CPU cores, at most 8; 1 on a GPU]")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Directory of the rows. [default: runs/PAPER, or PAPER-quick]"
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
-def reproduce(
-    paper: str,
-    quick: bool,
-    only_available: bool,
-    device: str,
-    workers: int | None,
-    out: Path | None,
-    as_json: bool,
-) -> int:
+@_run_options
+def reproduce(paper: str, quick: bool, as_json: bool, **options: Any) -> int:
     """Run the suite of PAPER (llg, ilrg) and print its figures beside ours.
 
-    Also writes the table to the directory of the rows. Running the same command again resumes it.
+    Also writes the table to the directory of the rows. Running the same command again resumes it, and rows of
+    `leakbench run PAPER` in that directory count.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {workers}; try --workers 2")
     from leakbench import reproduce as reproduction
-    from leakbench.results import load_rows
-    from leakbench.runner import session
 
     references = reproduction.load_references(paper)
-    out = out or Path("runs") / (f"{paper}-quick" if quick else paper)
-    again = shlex.join(["leakbench", *sys.argv[1:]])
-    request = session.Request(
-        suite=paper,
-        trials=references.quick_trials if quick else None,
-        device=device,
-        workers=workers,
-        out=out,
-        only_available=only_available,
-        keep=(lambda cell: reproduction.is_quick(cell, references)) if quick else None,
-        command=again,
-    )
-    try:
-        report = session.run_suite(request)
-    except KeyboardInterrupt:
-        click.echo(session.interrupted(again), err=True)
-        return session.INTERRUPTED
-    rows = load_rows([out])
-    table = reproduction.compare(rows[rows["job_id"].isin(session.planned_jobs(out))], references, whole=not quick)
-    paths = reproduction.write_table(table, references, out)
+    out: Path = options.pop("out") or Path("runs") / (f"{paper}-quick" if quick else paper)
+    if quick:
+        options |= {"trials": references.quick_trials, "keep_cell": lambda c: reproduction.is_quick(c, references)}
+    report = _run(paper, out=out, **options)
+    if report is None:
+        return INTERRUPTED
+    table, paths = reproduction.tabulate(out, references, whole=not quick)
     if as_json:
         click.echo(reproduction.to_json(table).rstrip("\n"))
-        return 1 if report.failed else 0
-    reproduction.print_table(table, references)
-    click.echo(report.text())
-    click.echo(f"table: {', '.join(str(path) for path in paths)}")
+    else:
+        reproduction.print_table(table, references)
+        click.echo(report.text())
+        click.echo(f"table: {', '.join(map(str, paths))}")
     return 1 if report.failed else 0
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+INTERRUPTED = 130
+"""Exit code of a run that the user stopped."""
+
 
 class LeakbenchError(Exception):
     """Root of every exception that leakbench raises on purpose."""

@@ -21,6 +21,8 @@ from leakbench.errors import UserError, unknown
 from leakbench.grids import Cell
 from leakbench.lock import tasks_folder
 from leakbench.metrics import METRICS, headline
+from leakbench.results import load_rows
+from leakbench.runner.session import planned_jobs
 from leakbench.schema import ROW_FIELDS, task_columns
 from leakbench.suites import read_yaml
 from leakbench.tasks import Part
@@ -196,6 +198,20 @@ def _line(part: pd.DataFrame, metric: str, figure: Figure | None) -> dict[str, A
     agrees = abs(difference) <= tolerance + 1e-12
     line |= {"difference": difference, "tolerance": tolerance, "verdict": "agrees" if agrees else "differs"}
     return line | {"note": "" if agrees else figure.note}
+
+
+def tabulate(out: Path, references: References, *, whole: bool = True) -> tuple[pd.DataFrame, list[Path]]:
+    """Compare the rows of the last run in a directory, and write the table there.
+
+    Returns:
+        The table, and the files it was written to.
+
+    Raises:
+        UserError: There is no run, or the files cannot be written.
+    """
+    rows = load_rows(out)
+    table = compare(rows[rows["job_id"].isin(planned_jobs(out))], references, whole=whole)
+    return table, write_table(table, references, out)
 
 
 def write_table(table: pd.DataFrame, references: References, out: Path) -> list[Path]:

@@ -173,13 +173,13 @@ class Model:
             raise ValueError(f"expected inputs for {self.draws} trials, got {trials}")
         train = batch_norm == "train" and self.has_batch_norm
         if self.draws == 1 and not train:
-            state = {k: v[0] for k, v in (self.parameters | self.buffers).items()}
-            logits, features, _ = self.call(state, inputs.flatten(0, 1), train=False)
+            logits, features, _ = self.call(self._state(0), inputs.flatten(0, 1), train=False)
             return _split(logits, trials), _split(features, trials), {}
-        if not train and not torch.is_grad_enabled() and self.device.type == "cpu":
+        if self.draws == trials and not torch.is_grad_enabled() and self.device.type == "cpu":
             # vmap makes grouped convolutions of many models: on a CPU 2 to 5 times as slow as one model at a time.
-            results = [self._single(t, x) for t, x in enumerate(inputs)]
-            return torch.stack([logits for logits, _ in results]), torch.stack([x for _, x in results]), {}
+            every = [self.call(self._state(t), x, train=train) for t, x in enumerate(inputs)]
+            buffers = {name: torch.stack([each[2][name] for each in every]) for name in every[0][2]}
+            return torch.stack([each[0] for each in every]), torch.stack([each[1] for each in every]), buffers
         shared = self.draws == 1 and trials != 1
         state = {k: v[0] if shared else v for k, v in (self.parameters | self.buffers).items()}
 
@@ -191,11 +191,9 @@ class Model:
         )
         return per_trial(state, inputs)
 
-    def _single(self, draw: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Run one of M models in eval mode on (N, *input_shape): logits (N, C) and features (N, d)."""
-        state = {k: v[draw] for k, v in (self.parameters | self.buffers).items()}
-        logits, features, _ = self.call(state, inputs, train=False)
-        return logits, features
+    def _state(self, draw: int) -> dict[str, Tensor]:
+        """Return the state of one of the M models."""
+        return {k: v[draw] for k, v in (self.parameters | self.buffers).items()}
 
     def call(
         self, state: Mapping[str, Tensor], inputs: Tensor, *, train: bool

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from leakbench.errors import Unavailable, UserError
+from leakbench.errors import INTERRUPTED, Unavailable, UserError
 from leakbench.grids import Cell
 from leakbench.keys import DEVELOPMENT, Season
 from leakbench.provenance import code_sha256
@@ -25,10 +25,6 @@ from leakbench.suites import load_suite
 
 PLAN_FILE = "plan.json"
 """Name, in the output directory, of the last plan: what `status` counts the rows against."""
-
-
-INTERRUPTED = 130
-"""Exit code of a run that the user stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +45,7 @@ class Request:
         other_code: What to do with rows of other leakbench code.
         retry_failed: Whether to run failed jobs again.
         only_available: Whether to leave out the jobs whose data is not at hand.
-        keep: Which cells of the suite to run; all where None.
+        keep_cell: Which cells of the suite to run; all where None.
         command: What to type to resume.
     """
 
@@ -66,7 +62,7 @@ class Request:
     other_code: OtherCode = "stop"
     retry_failed: bool = False
     only_available: bool = False
-    keep: Callable[[Cell], bool] | None = None
+    keep_cell: Callable[[Cell], bool] | None = None
     command: str = ""
 
 
@@ -122,7 +118,7 @@ def run_suite(request: Request) -> Report:
     season = DEVELOPMENT if request.season_key is None else _season(request.season_key)
     suite = load_suite(request.suite)
     cells = suite.expand(attacks=request.attacks, defenses=request.defenses, trials=request.trials)
-    cells = [cell for cell in cells if request.keep is None or request.keep(cell)]
+    cells = [cell for cell in cells if request.keep_cell is None or request.keep_cell(cell)]
     jobs = plan(cells, season)
     left_out: Counter[str] = Counter()
     if request.only_available:
