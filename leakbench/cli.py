@@ -149,6 +149,7 @@ def reproduce(paper: str, quick: bool, as_json: bool, **options: Any) -> int:
     `leakbench run PAPER` in that directory count.
     """
     from leakbench import reproduce as reproduction
+    from leakbench.board.reproduction import print_table, to_json
 
     references = reproduction.load_references(paper)
     out: Path = options.pop("out") or Path("runs") / (f"{paper}-quick" if quick else paper)
@@ -159,9 +160,9 @@ def reproduce(paper: str, quick: bool, as_json: bool, **options: Any) -> int:
         return INTERRUPTED
     table, paths = reproduction.tabulate(out, references, whole=not quick)
     if as_json:
-        click.echo(reproduction.to_json(table).rstrip("\n"))
+        click.echo(to_json(table).rstrip("\n"))
     else:
-        reproduction.print_table(table, references)
+        print_table(table, references)
         click.echo(report.text())
         click.echo(f"table: {', '.join(map(str, paths))}")
     return 1 if report.failed else 0

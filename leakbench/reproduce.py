@@ -7,8 +7,7 @@ the same, with an empty reference.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, ValidationError
 
+from leakbench.board.reproduction import NO_FIGURE, to_json, to_markdown
 from leakbench.board.stats import bootstrap
 from leakbench.errors import UserError, unknown
 from leakbench.grids import Cell
@@ -25,7 +25,7 @@ from leakbench.results import load_rows
 from leakbench.runner.session import planned_jobs
 from leakbench.schema import ROW_FIELDS, task_columns
 from leakbench.suites import read_yaml
-from leakbench.tasks import Part
+from leakbench.tasks import STAGES, Part, SGDStage
 
 Where = dict[str, str | int | float | bool | None]
 """Values by row column."""
@@ -43,6 +43,7 @@ COLUMNS = {
     "low": "lower end of its 95% interval",
     "high": "upper end",
     "n": "trials behind it",
+    "chance": "what a guess reaches without the update",
     "difference": "ours minus reference",
     "tolerance": "largest difference that sampling explains (95%), with the figure's rounding",
     "verdict": "agrees, differs, figure not at hand, or not measured",
@@ -147,7 +148,8 @@ def compare(rows: pd.DataFrame, references: References, *, whole: bool = True) -
     Returns:
         `COLUMNS`; the lines with figures first, in their order.
     """
-    cells = [part for _, part in rows.groupby(list(_KEYS), sort=True, dropna=False)]
+    cells = [part for _, part in rows.groupby(list(_KEYS), sort=False, dropna=False)]
+    cells.sort(key=lambda part: _place(part.iloc[0]))
     lines: list[dict[str, Any]] = []
     used: set[int] = set()
     for figure in references.figures:
@@ -161,6 +163,22 @@ def compare(rows: pd.DataFrame, references: References, *, whole: bool = True) -
         if i not in used:
             lines.append(_line(part, headline(part["target"].iloc[0]).name, None))
     return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def _place(row: pd.Series[Any]) -> tuple[Any, ...]:
+    """Return where a cell stands among others: by net, stage, steps, sampler, batch size, defense, attack."""
+    sgd = SGDStage.parse(row["stage"])
+    stage = (1, sgd.steps) if sgd else (0, STAGES.index(row["stage"]))
+    net = (row["dataset"], row["architecture"], row["architecture_params"])
+    return (
+        *net,
+        stage,
+        row["local_steps"],
+        row["sampler"],
+        row["batch_size"],
+        row["defense_label"],
+        row["attack_label"],
+    )
 
 
 def _matches(row: pd.Series[Any], where: Mapping[str, Any]) -> bool:
@@ -189,9 +207,9 @@ def _line(part: pd.DataFrame, metric: str, figure: Figure | None) -> dict[str, A
         status = part.loc[part["status"] != "ok"].iloc[0] if (part["status"] != "ok").any() else first
         return line | {"n": 0, "verdict": "not measured", "note": f"{status['status']}: {status['error']}"}
     mean, low, high = bootstrap(values, list(range(len(values))), *(first[key] for key in _KEYS), metric)
-    line |= {"ours": mean, "low": low, "high": high, "n": len(values)}
+    line |= {"ours": mean, "low": low, "high": high, "n": len(values), "chance": part[METRICS[metric].reference].mean()}
     if figure is None:
-        return line | {"verdict": "figure not at hand"}
+        return line | {"verdict": NO_FIGURE}
     spread = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
     tolerance = _Z * spread * np.sqrt(1 / len(values) + 1 / figure.tries) + 0.5 * 10.0**-figure.decimals
     difference = mean - figure.values[metric]
@@ -232,77 +250,3 @@ def write_table(table: pd.DataFrame, references: References, out: Path) -> list[
     except OSError as error:
         raise UserError(f"{out}: the table cannot be written ({error.strerror}); use another --out") from None
     return paths
-
-
-def to_json(table: pd.DataFrame) -> str:
-    """Return the table as a JSON list of lines; what is missing is null."""
-    return json.dumps(json.loads(table.to_json(orient="records")), indent=2) + "\n"
-
-
-def to_markdown(table: pd.DataFrame, references: References) -> str:
-    """Return the table as Markdown, with the counts of the verdicts above it."""
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
-    head = "| setting | attack | defense | metric | reference | ours [95%] | n | difference | verdict | note |"
-    lines = [references.paper, "", references.provenance, "", counts, "", head, "|" + " --- |" * 10]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in shown(table)]
-    return "\n".join(lines) + "\n"
-
-
-def shown(table: pd.DataFrame) -> Sequence[tuple[str, ...]]:
-    """Return the lines as texts: setting, attack, defense, metric, reference, ours, n, difference, verdict, note."""
-
-    def text(value: Any) -> str:
-        return "" if value is None or pd.isna(value) else str(value)
-
-    def number(value: Any, form: str = ".3f") -> str:
-        return "" if value is None or pd.isna(value) else format(value, form)
-
-    result = []
-    for line in table.to_dict(orient="records"):
-        ours = number(line["ours"])
-        if ours and not pd.isna(line["low"]):
-            ours += f" [{number(line['low'])}, {number(line['high'])}]"
-        reference = number(line["reference"])
-        if reference:
-            reference += f" {text(line['tag'])} n={number(line['reference_n'], '.0f')}"
-        result.append(
-            (
-                text(line["setting"]),
-                text(line["attack"]),
-                text(line["defense"]),
-                text(line["metric"]),
-                reference,
-                ours,
-                number(line["n"], ".0f"),
-                number(line["difference"], "+.3f"),
-                text(line["verdict"]),
-                text(line["note"]),
-            )
-        )
-    return result
-
-
-def print_table(table: pd.DataFrame, references: References) -> None:
-    """Print the table to the terminal, setting by setting, and the counts of the verdicts."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    console.print(Text(references.paper, style="bold"), Text(references.provenance), "", sep="\n")
-    colors = {"agrees": "green", "differs": "red"}
-    notes: dict[str, int] = {}
-    setting = None
-    form = "  {:<26.26} {:<16} {:>15} {:>21} {:>7}  "
-    console.print(Text(form.format("attack", "metric", "reference", "ours [95%]", "diff") + "verdict", style="dim"))
-    for name, attack, defense, metric, reference, ours, _, difference, verdict, note in shown(table):
-        if name != setting:
-            setting = name
-            console.print(Text(name, style="bold"))
-        mark = f" ({notes.setdefault(note, len(notes) + 1)})" if note else ""
-        entry = attack if defense in ("", "none") else f"{attack} vs {defense}"
-        line = Text(form.format(entry, metric, reference, ours, difference))
-        console.print(line.append(verdict + mark, style=colors.get(verdict, "dim")), soft_wrap=True)
-    for note, number in notes.items():
-        console.print(Text(f"({number}) {note}"))
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
-    console.print(Text(f"verdicts: {counts}"))
