@@ -92,6 +92,8 @@ def _scratch(root: Path | None) -> Iterator[str | None]:
 def _open(spec: DatasetSpec, split: str, root: Path | None, files: list[Path], cache: str | None) -> Any:
     import datasets
 
+    if root is None and _hub_errors:
+        raise _not_from_hub(spec, _hub_errors[0])
     source = str(spec.hub_id) if root is None else str(root / str(spec.hub_id))
     names = [f"{spec.folder}/{file.name}" for file in files] or f"{spec.folder}/{split}-*.parquet"
     try:
@@ -103,10 +105,20 @@ def _open(spec: DatasetSpec, split: str, root: Path | None, files: list[Path], c
                 f"{_broken(files)}: cannot be read as Parquet ({type(error).__name__}: {reason}); "
                 f"delete it and type: {_download(spec, str(root))}"
             ) from None
-        raise Unavailable(
-            f"dataset {spec.name}: {spec.hub_id} could not be read from the hub ({type(error).__name__}: {reason}); "
-            f"where there is network access, type: {_download(spec, 'DIR')} and set LEAKBENCH_DATA=DIR"
-        ) from None
+        reason = f"{type(error).__name__}: {reason}"
+        if isinstance(error, ConnectionError):
+            _hub_errors.append(reason)
+        raise _not_from_hub(spec, reason) from None
+
+
+_hub_errors: list[str] = []  # finding out that the hub is out of reach takes most of a minute: once per process
+
+
+def _not_from_hub(spec: DatasetSpec, reason: str) -> Unavailable:
+    return Unavailable(
+        f"dataset {spec.name}: {spec.hub_id} could not be read from the hub ({reason}); "
+        f"where there is network access, type: {_download(spec, 'DIR')} and set LEAKBENCH_DATA=DIR"
+    )
 
 
 def _broken(files: list[Path]) -> Path:

@@ -18,15 +18,13 @@ import numpy.typing as npt
 from leakbench import keys
 from leakbench.data.catalogue import DATASETS, DatasetSpec
 from leakbench.data.hub import Columns, Rows, read_split
-from leakbench.errors import Unavailable, UserError
+from leakbench.errors import UserError
 from leakbench.tasks import InputSpec
 
 PRIVATE_OF_TRAIN = 0.8
 """Share of a source train split that becomes private; the rest is auxiliary."""
 SHARES_OF_ONE = (0.6, 0.2, 0.2)
 """Private, auxiliary and test shares where the source has one split only."""
-
-_UNREACHABLE: dict[str, str] = {}  # a hub out of reach takes most of a minute to find out; once per process is enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +101,7 @@ def load_dataset(name: str) -> Dataset:
             raise UserError(f"dataset {name}: expected an .npz file, got none there; check the path")
         return _load_npz(name, path.stat().st_mtime_ns)
     root = os.environ.get("LEAKBENCH_DATA") if DATASETS.get(name).hub_id else None
-    if root is None and name in _UNREACHABLE:
-        raise Unavailable(_UNREACHABLE[name])
-    try:
-        return _load_named(name, root)
-    except Unavailable as error:
-        if root is None:
-            _UNREACHABLE[name] = str(error)
-        raise
+    return _load_named(name, root)
 
 
 def decoder_versions() -> str:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from leakbench.data import DATASETS, Dataset, decoder_versions, load_dataset
-from leakbench.errors import UserError
+from leakbench.data import DATASETS, Dataset, decoder_versions, hub, load_dataset
+from leakbench.errors import Unavailable, UserError
 
 
 def encoded(size=(28, 28), value=0, mode="L"):
@@ -295,3 +295,21 @@ def test_unknown_or_empty_split_is_one_line():
         digits.rows("validation")
     with pytest.raises(UserError, match=r"expected one of: private, auxiliary$"):
         empty.class_prior("test")
+
+
+def test_a_hub_out_of_reach_is_tried_once_and_every_dataset_says_what_to_type(monkeypatch):
+    import datasets
+
+    tried = []
+
+    def unreachable(source, **_):
+        tried.append(source)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.delenv("LEAKBENCH_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(hub, "_hub_errors", [])
+    for name in ("svhn", "cifar100", "svhn"):
+        with pytest.raises(Unavailable, match=f"{name}.*no route to host.*hf download"):
+            load_dataset(name)
+    assert tried == ["ufldl-stanford/svhn"]
