@@ -36,9 +36,10 @@ NEEDS = frozenset(
         "head_bias",
         "nonnegative_features",
         "single_example",
+        "four_classes",
     }
 )
-"""What `Attack.needs` may name: grants of the threat model, and facts of the task (the last three)."""
+"""What `Attack.needs` may name: grants of the threat model, and facts of the task (the last four)."""
 
 
 @dataclass(frozen=True, kw_only=True)

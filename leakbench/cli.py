@@ -140,7 +140,7 @@ def run(suite: str, shard: str | None, as_json: bool, **options: Any) -> int:
 
 @cli.command()
 @click.argument("paper")
-@click.option("--quick", is_flag=True, help="Only the cells that the reference file calls quick, with fewer trials.")
+@click.option("--quick", is_flag=True, help="Only the cells, and as many trials, as the reference file calls quick.")
 @_run_options
 def reproduce(paper: str, quick: bool, as_json: bool, **options: Any) -> int:
     """Run the suite of PAPER (llg, ilrg) and print its figures beside ours.

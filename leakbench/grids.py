@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from leakbench.entries import NO_DEFENSE, EntrySpec, chain_label, resolve_all
 from leakbench.errors import UserError
@@ -68,6 +68,14 @@ class Grid(Part):
     """Trials of every cell, instead of the suite's."""
     model_draws: ModelDraws | None = None
     """Instead of the suite's."""
+
+    @model_validator(mode="after")
+    def _every_task_is_one(self) -> Grid:
+        try:
+            list(self.tasks())
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        return self
 
     def tasks(self) -> Iterator[Task]:
         """Yield the tasks of the grid."""

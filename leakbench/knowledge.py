@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -125,6 +126,11 @@ class Knowledge:
     def budget(self) -> int | None:
         """Gradient evaluations per trial that the suite allows; None is unlimited."""
         return self._facts.model_evaluations
+
+    @property
+    def examples_interact(self) -> bool:
+        """Whether an example's logits depend on the others of its batch: BatchNorm in train mode."""
+        return self.model.has_batch_norm and self._facts.protocol.batch_norm == "train"
 
     # --- granted by the threat model ------------------------------------------------------------------------------
 
@@ -360,7 +366,10 @@ class Observation(Knowledge):
 
     @property
     def _examples_per_unit(self) -> int:
-        return self.local_steps * (self.batch_size if self._facts.protocol.reduction == "sum" else 1)
+        if self._facts.protocol.reduction == "mean":
+            return self.local_steps
+        parts = () if self._defense is None else self._defense.parts
+        return self.local_steps * math.ceil(self.batch_size / math.prod(part.merges for part in parts))
 
     def _head(self, part: str) -> Tensor:
         name = f"{self.model.head}.{part}"

@@ -57,7 +57,7 @@ def lock_suite(suite: Suite, folder: Path, *, checkpoints: bool = True) -> list[
         UserError: The definition changed without a raised version, or a dataset is not at hand.
     """
     from leakbench.data import load_dataset
-    from leakbench.models.recipe import STAGES
+    from leakbench.models.recipe import POINTS
     from leakbench.models.stages import DRAWS, lock_checkpoint
 
     pin = {"version": suite.version, "sha256": suite_hash(suite)}
@@ -71,7 +71,7 @@ def lock_suite(suite: Suite, folder: Path, *, checkpoints: bool = True) -> list[
         (task.architecture.label, task.dataset, task.stage, task.normalise, draw): task
         for grid in suite.grids
         for task in grid.tasks()
-        if task.stage in STAGES
+        if task.stage in POINTS
         for draw in range(DRAWS if (grid.model_draws or suite.model_draws) == "per_trial" else 1)
     }
     files = [

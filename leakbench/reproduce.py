@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from leakbench.board.reproduction import NO_FIGURE, to_json, to_markdown
@@ -137,8 +138,7 @@ def compare(rows: pd.DataFrame, references: References, *, whole: bool = True) -
     """Return one line per figure, and one per cell without a figure (with the target's headline metric).
 
     A figure agrees if it differs from ours by no more than sampling explains: 1.96 standard deviations of the
-    difference of two means of independent trials with our spread, plus its rounding. Trials on one model, ours or the
-    paper's, are taken as independent, so a real spread between models makes more figures differ than 5%.
+    difference of two means with our spread of trials and, where it can be told, of models, plus the figure's rounding.
 
     Args:
         rows: Result rows as `leakbench.results.load_rows` gives them.
@@ -146,7 +146,7 @@ def compare(rows: pd.DataFrame, references: References, *, whole: bool = True) -
         whole: Whether figures of settings that are not among the rows have a line, too.
 
     Returns:
-        `COLUMNS`; the lines with figures first, in their order.
+        `COLUMNS`; the lines with figures first, setting by setting in their order.
     """
     cells = [part for _, part in rows.groupby(list(_KEYS), sort=False, dropna=False)]
     cells.sort(key=lambda part: _place(part.iloc[0]))
@@ -159,6 +159,8 @@ def compare(rows: pd.DataFrame, references: References, *, whole: bool = True) -
         lines += [_line(cells[i], metric, figure) for i in matching for metric in figure.values]
         if whole and not matching:
             lines += [_unmeasured(figure, metric) for metric in figure.values]
+    order = {figure.setting: i for i, figure in reversed(list(enumerate(references.figures)))}
+    lines.sort(key=lambda line: order[line["setting"]])
     for i, part in enumerate(cells):
         if i not in used:
             lines.append(_line(part, headline(part["target"].iloc[0]).name, None))
@@ -210,12 +212,29 @@ def _line(part: pd.DataFrame, metric: str, figure: Figure | None) -> dict[str, A
     line |= {"ours": mean, "low": low, "high": high, "n": len(values), "chance": part[METRICS[metric].reference].mean()}
     if figure is None:
         return line | {"verdict": NO_FIGURE}
-    spread = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
-    tolerance = _Z * spread * np.sqrt(1 / len(values) + 1 / figure.tries) + 0.5 * 10.0**-figure.decimals
+    tolerance = _Z * _deviation(values, part["draw"].to_numpy(), figure.tries) + 0.5 * 10.0**-figure.decimals
     difference = mean - figure.values[metric]
     agrees = abs(difference) <= tolerance + 1e-12
     line |= {"difference": difference, "tolerance": tolerance, "verdict": "agrees" if agrees else "differs"}
     return line | {"note": "" if agrees else figure.note}
+
+
+def _deviation(values: NDArray[np.float64], draws: NDArray[np.int64], tries: int) -> float:
+    """Return the standard deviation of our mean minus a mean of ``tries`` trials on one model.
+
+    Where several trials share a model, the spread between models is estimated apart (analysis of variance); where each
+    has its own, it is part of the spread of trials; with one model for all it is not known, and counted as none.
+    """
+    if len(values) < 2:
+        return float("nan")
+    models, codes = np.unique(draws, return_inverse=True)
+    if not 1 < len(models) < len(values):
+        return float(values.std(ddof=1) * np.sqrt(1 / len(values) + 1 / tries))
+    sizes = np.bincount(codes)
+    means = np.bincount(codes, weights=values) / sizes
+    within = float(((values - means[codes]) ** 2).sum()) / (len(values) - len(models))
+    between = max(0.0, float(means.var(ddof=1)) - within * float((1 / sizes).mean()))
+    return float(np.sqrt(between * (1 / len(models) + 1) + within * (1 / len(values) + 1 / tries)))
 
 
 def tabulate(out: Path, references: References, *, whole: bool = True) -> tuple[pd.DataFrame, list[Path]]:

@@ -226,6 +226,8 @@ def _check_classes(grid: Grid) -> None:
     for name in grid.dataset:
         for batch in grid.batch if name in DATASETS else ():
             classes = DATASETS.get(name).classes
+            if (batch.classes or 1) > classes:
+                raise UserError(f"expected at most {classes} classes ({name}), got {batch.classes}; lower classes")
             if batch.sampler == "unique" and batch.size > classes:
                 raise UserError(
                     f"expected at most {classes} examples of distinct classes ({name}), got size {batch.size}; "

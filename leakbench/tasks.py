@@ -211,7 +211,7 @@ class ThreatModel(Part):
 
 
 STAGES = ("untrained", "early", "mid", "converged", "pretrained")
-"""Stages by name; the others are runs of plain SGD, see `SGDStage`."""
+"""Stages by name; the others are runs of SGD, see `SGDStage`."""
 
 
 class SGDStage(Part):

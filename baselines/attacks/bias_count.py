@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leakbench import Attack, Observation, Recovery, UserError, register
+from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
 
 
 def round_to_total(estimate: Tensor, total: int) -> Tensor:
@@ -27,7 +27,7 @@ def round_to_total(estimate: Tensor, total: int) -> Tensor:
     return (counts + (rank < missing)).long()
 
 
-@register("bias_count", version=1)
+@register("bias_count", version=2)
 class BiasCount(Attack):
     """Bias rule: counts n = N (p - db), from the bias gradient db and the model's mean confidence p in each class.
 
@@ -57,32 +57,19 @@ class BiasCount(Attack):
         self.confidence = confidence
         self.rounds = rounds
 
+    def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
+        """Measure the mean confidences ``p`` (M, C) on dummies."""
+        if self.confidence == "uniform":
+            return {}
+        low, high = (bound.to(knowledge.model.device, knowledge.model.dtype) for bound in knowledge.bounds)
+        mean = []
+        for _ in range(self.rounds):
+            pixels = knowledge.rand(knowledge.batch_size, *knowledge.input_spec.shape).to(low.dtype)
+            mean.append(knowledge.forward(low + (high - low) * pixels)[0].double().softmax(-1).mean(1))
+        return {"p": torch.stack(mean).mean(0)}
+
     def run(self, observation: Observation) -> Recovery:
         """Estimate and round label counts (T, 1, C)."""
         total = observation.inputs_per_client * observation.clients
-        dummies = [_dummies(observation) for _ in range(self.rounds)]
-        zeros = [_bias_gradient(observation, batch, 0) for batch in dummies]
-        # The same batch labelled otherwise: the gap is 1 where the client averages its loss, B where it sums.
-        unit = (_bias_gradient(observation, dummies[0], 1) - zeros[0])[:, :1]
-        if self.confidence == "model":
-            p = torch.stack(zeros).mean(0) / unit
-            p[:, 0] += 1
-        else:
-            p = torch.full_like(zeros[0], 1 / observation.num_classes)
-        estimate = p - observation.head_bias / (unit * observation.local_steps)
-        return Recovery(label_counts=round_to_total(estimate, total)[:, None])
-
-
-def _dummies(observation: Observation) -> Tensor:
-    """Draw one batch (T, B, *input_shape) of uniform pixels."""
-    model = observation.model
-    low, high = (bound.to(model.device, model.dtype) for bound in observation.bounds)
-    pixels = observation.rand(observation.batch_size, *observation.input_spec.shape).to(model.dtype)
-    return low + (high - low) * pixels
-
-
-def _bias_gradient(observation: Observation, inputs: Tensor, label: int) -> Tensor:
-    """Return the bias gradient (T, C) of batches of one class, as the client computes it."""
-    name = f"{observation.model.head}.bias"
-    labels = torch.full(inputs.shape[:2], label, device=inputs.device)
-    return observation.gradients(inputs, labels, names=[name], create_graph=False)[name]
+        p = observation.prepared.get("p", torch.tensor(1 / observation.num_classes))
+        return Recovery(label_counts=round_to_total(p - observation.mean_head_bias.double(), total)[:, None])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from leakbench_baselines.attacks.llbg import counts_from_bias
+from leakbench_baselines.attacks.llg_star import piece_size
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Attack, Knowledge, Observation, Recovery, register
 
 SUREST = 0.999
-CHUNK = 256
 
 
 @register("llbg_aux", version=1)
@@ -39,14 +39,15 @@ class LLBGAux(Attack):
         inputs, labels = knowledge.auxiliary
         draws = knowledge.model.draws
         sure = []
-        for x, y in zip(torch.split(inputs, CHUNK), torch.split(labels, CHUNK), strict=True):
+        size = piece_size(knowledge)
+        for x, y in zip(torch.split(inputs, size), torch.split(labels, size), strict=True):
             p = knowledge.forward(x.expand(draws, *x.shape))[0].double().softmax(-1)
             sure.append(p.gather(2, y.expand(draws, -1)[:, :, None])[:, :, 0])
         members = F.one_hot(labels, knowledge.num_classes).double()
-        size = members.sum(0)
-        mean = torch.cat(sure, 1) @ members / size.clamp(min=1)
-        others = mean.sum(1, keepdim=True) / (size > 0).sum()
-        return {"confidence": torch.where(size > 0, mean, others).clamp(max=SUREST)}
+        owned = members.sum(0)
+        mean = torch.cat(sure, 1) @ members / owned.clamp(min=1)
+        others = mean.sum(1, keepdim=True) / (owned > 0).sum()
+        return {"confidence": torch.where(owned > 0, mean, others).clamp(max=SUREST)}
 
     def run(self, observation: Observation) -> Recovery:
         """Extract label counts (T, 1, C)."""

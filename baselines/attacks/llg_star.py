@@ -17,8 +17,9 @@ def piece_size(knowledge: Knowledge) -> int:
 
     Otherwise as many as fit in memory, by their shape alone: a trial must not depend on the others of its block.
     """
-    model = knowledge.model
-    return knowledge.batch_size if model.has_batch_norm else max(1, 2**17 // math.prod(model.input_shape))
+    return (
+        knowledge.batch_size if knowledge.examples_interact else max(1, 2**17 // math.prod(knowledge.input_spec.shape))
+    )
 
 
 def one_class_signals(knowledge: Knowledge, pieces: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -119,7 +120,7 @@ class LLGStar(Attack):
         low, high = (bound.to(model.device, model.dtype) for bound in knowledge.bounds)
         alike = self.dummies != "random"
         # Without BatchNorm, dummies that are alike also pass alike.
-        count = 1 if alike and not model.has_batch_norm else knowledge.batch_size
+        count = 1 if alike and not knowledge.examples_interact else knowledge.batch_size
         rounds = 1 if alike else self.rounds
         share = torch.full((knowledge.num_classes, count), 1 / (rounds * count), dtype=torch.float64)
         for done in range(rounds):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from leakbench_baselines.attacks.bias_count import round_to_total
+from leakbench_baselines.attacks.llg_star import piece_size
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
 
-CHUNK = 256
 CLOSE = 0.1
 BOUND = 1e4
 TINY = 1e-300
@@ -22,9 +22,9 @@ class RLU(Attack):
     The erroneous confidence e of a class is its mean probability for auxiliary examples of other classes; the counts
     are proportional to the positive part of e - db. Over several local steps e changes: the shift of the mean logits mu
     is simulated from the counts, mu <- mu - lr |O|^2 (softmax(mu) - n / N) with O the mean features, and compared with
-    that of the returned model. Labels move from the class that overshoots most to the one that undershoots most, one
-    for each local step, until all are within 0.1 or at most ``refinements`` times; then the counts follow from e
-    averaged over the simulated steps.
+    that of the returned model, starting from counts by that model's confidences. Labels move from the class that
+    overshoots most to the one that undershoots most, one for each distinct batch, until all are within 0.1 or at most
+    ``refinements`` times; then the counts follow from e averaged over the simulated steps.
 
     Sees: the whole update; weights, auxiliary labelled data, batch size, local steps, learning rate.
 
@@ -67,6 +67,7 @@ class RLU(Attack):
     def _drift(self, observation: Observation, db: Tensor, total: int) -> Tensor:
         """Return by which factor (T, C) the confidences of the local steps are, on average, those of the first."""
         steps, lr = observation.local_steps, observation.lr
+        unit = observation.inputs_per_client // observation.batch_size  # one label in each of the client's batches
         target, late = _erroneous(observation, _returned(observation))
         first = observation.prepared["mu"].expand_as(db)
         features = (db[:, :, None] * observation.mean_head_weight).sum(1) / db.square().sum(1, keepdim=True)
@@ -82,11 +83,11 @@ class RLU(Attack):
         counts = _counts(late, db, total)
         for _ in range(self.refinements):
             gap = simulate(counts)[0] - target
-            over = torch.where(counts >= steps, gap, -torch.inf).argmax(1, keepdim=True)
+            over = torch.where(counts >= unit, gap, -torch.inf).argmax(1, keepdim=True)
             under = gap.argmin(1, keepdim=True)
             astray = gap.abs().amax(1, keepdim=True) >= CLOSE
-            moves = astray & (gap.gather(1, over) >= 0) & (gap.gather(1, under) < 0) & (counts.gather(1, over) >= steps)
-            moved = moves.long() * steps
+            moves = astray & (gap.gather(1, over) >= 0) & (gap.gather(1, under) < 0) & (counts.gather(1, over) >= unit)
+            moved = moves.long() * unit
             counts = counts.scatter_add(1, over, -moved).scatter_add(1, under, moved)
         drift: Tensor = simulate(counts)[1] / first.softmax(1).clamp(min=TINY)
         return drift
@@ -111,7 +112,7 @@ def _erroneous(knowledge: Knowledge, replaced: dict[str, Tensor]) -> tuple[Tenso
     """
     inputs, labels = knowledge.auxiliary
     model = knowledge.model.with_state(parameters=replaced)
-    parts = (part.expand(model.draws, *part.shape) for part in torch.split(inputs, CHUNK))
+    parts = (part.expand(model.draws, *part.shape) for part in torch.split(inputs, piece_size(knowledge)))
     logits = torch.cat([knowledge.forward(part, model=model)[0].double() for part in parts], 1)
     members = F.one_hot(labels, knowledge.num_classes).double()  # (n, C)
     owned = (members.sum(0) > 0).double()

@@ -82,11 +82,12 @@ class SoftLabel(Attack):
     halves of a mixture may have the same label.
 
     Sees: gradient of the last layer's weight, of one example (one mixture of two under mixup); weights, learning rate,
-    local steps. Needs more than ``classes`` + 1 classes: with fewer every factor fits.
+    local steps. With fewer than four classes every factor fits.
 
     Differs from the released code in how the factor is found: there by L-BFGS or a particle swarm, here on a grid over
     all factors that a probability allows, then by golden sections in the least valleys; the variance is taken in units
-    of the factor, without which it vanishes at an infinite one; ratios of rows are least squares over all features
+    of the factor, without which it vanishes at an infinite one; the row is the one of greatest norm, there of greatest
+    sum; ratios of rows are least squares over all features
     instead of the greatest. With several local steps the mean of their gradients stands for one.
 
     Args:
@@ -97,7 +98,7 @@ class SoftLabel(Attack):
     """
 
     recovers = frozenset({"labels"})
-    needs = frozenset({"local_steps", "lr", "single_example", "weights"})
+    needs = frozenset({"four_classes", "local_steps", "lr", "single_example", "weights"})
     reads = ("head.weight",)
 
     def __init__(self, *, classes: int = 1) -> None:

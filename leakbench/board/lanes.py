@@ -10,6 +10,7 @@ import pandas as pd
 from leakbench.board.columns import ATTACK_KEYS, DEMONSTRATION_DATASETS, Cell
 from leakbench.board.score import group_ids, split_cells
 from leakbench.board.stats import rank_groups, stratified
+from leakbench.metrics import headline
 
 LANE_KEYS = ("season", "season_commitment", "benchmark_version", "lane", "target", "demonstration", "stage")
 """What one table of attacks shares."""
@@ -20,7 +21,7 @@ LANE_COLUMNS = {
     "covered": "those on which the attack ran; on the others it counts as chance or floor",
     "mean": "mean of the ranking metric over the covered tasks, each with equal weight",
     "reference": "mean chance (labels) or floor (inputs) of these",
-    "edge": "labels: mean of (value - chance) / (1 - chance) over all tasks; inputs: mean gain over the floor, dB",
+    "edge": "labels: (value - chance) / (1 - chance), at least -1, over tasks; inputs: gain over the floor, dB",
     "edge_low": "lower end of its 95% interval; victims that tasks share are resampled together",
     "edge_high": "upper end of its 95% interval",
     "rank_group": "1 for the best attack and those that cannot be told from it; null: ran on no task",
@@ -52,8 +53,15 @@ def lanes(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
     keys = {key: rows[key].iloc[0] for key in LANE_KEYS}
-    # A task of which nothing could be measured by anyone, for want of data, is no task of this table.
-    measured = {task for task, part in rows.groupby("task_hash") if part["status"].ne("unavailable").any()}
+    # A task of which nobody could measure anything, for want of data or because guessing is right, tells nothing.
+    measured = {
+        task
+        for task, part in rows.groupby("task_hash")
+        if part["status"].ne("unavailable").any()
+        and not (keys["target"] == "labels" and part[headline("labels").reference].ge(1).any())
+    }
+    if not measured:
+        return []
     rows = rows[rows["task_hash"].isin(measured)]
     victims = {task: _victims(part) for task, part in rows.groupby("task_hash")}
     built = []
@@ -89,7 +97,8 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
 def _victims(part: pd.DataFrame) -> pd.DataFrame:
     """Return the victims of a task by draw and trial: the law they are drawn by, and their number under it."""
     first = part.iloc[0]
-    law = repr((*(str(first[key]) for key in _VICTIM), int(first["local_steps"]), int(first["clients"])))
+    batches = {"fresh": first["local_steps"], "same": 1, "epochs": first["batches_per_epoch"]}[first["batches"]]
+    law = repr((*(str(first[key]) for key in _VICTIM), int(batches), int(first["clients"])))
     return part[["draw", "trial"]].drop_duplicates().assign(law=law)
 
 
@@ -106,7 +115,10 @@ def _edges(cells: list[Cell], victims: dict[Any, pd.DataFrame]) -> pd.DataFrame:
         if task in known:
             cell = known[task]
             gap = cell.by_trial - cell.chance
-            edges.loc[gap.index] = gap / (1 - cell.chance) if cell.metric.target == "labels" else gap
+            if cell.metric.target == "labels":
+                # Where chance is .89, naming a few classes of many gives -8: one task would decide the mean over all.
+                gap = (gap / (1 - cell.chance)).clip(lower=-1)
+            edges.loc[gap.index] = gap
         parts.append(drawn.assign(edge=edges.to_numpy(), task=task))
     every = pd.concat(parts)
     by_law = every.groupby("law")["task"].nunique()

@@ -234,8 +234,10 @@ def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
                     (line["short"], [column.text(line) for column in LANE_VIEW])
                     for line in lane[lane["stage"] == stage].to_dict("records")
                 ],
-                caption=f"means over tasks [{CONFIDENCE:.0%} interval]; tasks on which an attack did not run count as "
-                f"{_names(target)['reference']}; attacks of one group cannot be told apart"
+                caption=f"means over tasks [{CONFIDENCE:.0%} interval]"
+                + ("; advantages below -1 count as -1" if target == "labels" else "")
+                + f"; tasks on which an attack did not run count as {_names(target)['reference']}; "
+                "attacks of one group cannot be told apart"
                 + (f"; {left_out} stages are left out here: --csv" if left_out > 0 else ""),
             )
 

@@ -214,6 +214,8 @@ def _load_npz(name: str, _modified: int) -> Dataset:
             "give one class index per image"
         )
     labels = y.astype(np.int64)
+    if len(np.unique(labels)) < 2:
+        raise UserError(f"dataset {name}: expected at least two classes in y, got {np.unique(labels)}; add another")
     spec = DatasetSpec(name=name, classes=max(1, int(labels.max()) + 1), input=InputSpec(shape=images.shape[1:]))
     return _cut_one(spec, images, {"label": labels})
 

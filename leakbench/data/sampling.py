@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from leakbench import keys
 from leakbench.data.loading import Dataset
-from leakbench.errors import Unavailable, UserError
+from leakbench.errors import Unavailable
 from leakbench.tasks import BatchSpec
 
 Floats = npt.NDArray[np.float64]
@@ -154,7 +154,7 @@ def draw_label_counts(
         int64 (draws, C); each row sums to clients * S * B.
 
     Raises:
-        UserError: The prior has fewer classes than a batch needs.
+        Unavailable: The prior has fewer classes than a batch needs.
     """
     prior = np.asarray(class_prior, dtype=np.float64)
     present = np.flatnonzero(prior)
@@ -177,9 +177,10 @@ def _check_classes(batch: BatchSpec, present: int, where: str) -> None:
         "balanced": batch.classes or 1,
     }.get(batch.sampler, 1)
     if needed > present:
-        raise UserError(
+        lower = "classes" if batch.sampler == "balanced" else "the batch size"
+        raise Unavailable(
             f"sampler {batch.sampler} with batch size {batch.size}: expected at least {needed} classes in {where}, "
-            f"got {present}; lower the batch size or use sampler iid"
+            f"got {present}; lower {lower} or use sampler iid"
         )
 
 
@@ -197,7 +198,7 @@ def _draw_trial(
                 order = present[np.argsort(uniforms(len(present)), kind="stable")]
                 wanted = order[pool.left[order] > 0][: batch.size]
                 if len(wanted) < batch.size:
-                    raise UserError(
+                    raise Unavailable(
                         f"sampler unique: expected {batch.size} classes with unused examples for batch {s + 1} of "
                         f"{local_batches} of client {k + 1} of {clients}, got {len(wanted)}; "
                         "lower the batch size, local_steps or clients"

@@ -2,7 +2,7 @@
 
 The run: AdamW (learning rate 3e-3, weight decay 1e-2), cross-entropy, batches of 64 drawn without replacement per
 epoch from the private split, no augmentation, 20 epochs but at least 1,000 steps. ``early``, ``mid`` and ``converged``
-are the weights after 2%, 20% and 100% of the steps. A stage ``sgd(...)`` is a run of its own, of plain SGD
+are the weights after 2%, 20% and 100% of the steps. A stage ``sgd(...)`` is a run of its own, of SGD
 (`leakbench.tasks.SGDStage`). One CPU thread, so that the weights do not depend on the machine's
 number of cores.
 """
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from leakbench.federation.inputs import to_inputs
 from leakbench.keys import PUBLIC_KEY, seed
 from leakbench.models.build import Transform, initialised, seeded
+from leakbench.models.catalogue import ZOOS
 from leakbench.models.small import Classifier
 from leakbench.tasks import SGDStage
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 RECIPE_VERSION = 1
 """Raised with every change that moves the weights."""
-STAGES = {"early": 0.02, "mid": 0.2, "converged": 1.0}
+POINTS = {"early": 0.02, "mid": 0.2, "converged": 1.0}
 """Fraction of the steps after which the snapshot is taken."""
 
 _log = logging.getLogger(__name__)
@@ -158,10 +159,10 @@ def train(
                     return
 
 
-def resumable(stage: str) -> SGDStage | None:
-    """Return the run of SGD that ``stage`` is a point of, if all such points lie on one line of plain SGD."""
-    sgd = SGDStage.parse(stage)
-    return None if sgd is None or sgd.momentum or sgd.drops or sgd.augment else sgd
+def resumable(architecture: Architecture, sgd: SGDStage) -> bool:
+    """Whether a run can go on from one of its points: the state is the weights alone, and nothing else is drawn."""
+    foreign = architecture.name.partition("/")[0] in ZOOS  # may hold Dropout
+    return not (foreign or sgd.momentum or sgd.drops or sgd.augment)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _run(module: nn.Module, sgd: SGDStage | None, examples: int, last: str) -> _
     optimizer: torch.optim.Optimizer
     if sgd is None:
         steps = max(_LEAST_STEPS, _EPOCHS * math.ceil(examples / _BATCH))
-        due = {max(1, round(fraction * steps)): stage for stage, fraction in STAGES.items()}
+        due = {max(1, round(fraction * steps)): stage for stage, fraction in POINTS.items()}
         optimizer = torch.optim.AdamW(module.parameters(), lr=_RATE, weight_decay=_DECAY)
         # BatchNorm has no statistics of one example.
         return _Run(steps, _BATCH, 2, due, optimizer, MultiStepLR(optimizer, []))

@@ -95,7 +95,7 @@ def checkpoint(
     with _TRAINING[key]:  # one thread trains, the others find the result
         found = _official(key, stage) or _cached(folder, key, stage)
         if found is None:
-            start = None if sgd is None else _nearest(folder, key, sgd)
+            start = _nearest(folder, key, sgd) if sgd and resumable(architecture, sgd) else None
             for snapshot in train(architecture, dataset, draw, normalise=normalise, last=stage, start=start):
                 data = _serialise(snapshot.tensors, snapshot.accuracy)
                 found = _parse(data, "local", _store(folder, f"{key[:32]}-{_slug(snapshot.stage)}", data))
@@ -161,8 +161,6 @@ def _official(key: str, stage: str) -> Checkpoint | None:
 
 def _nearest(folder: Path, key: str, sgd: SGDStage) -> tuple[int, dict[str, Tensor]] | None:
     """Return the latest earlier point of the same run that is at hand: its steps and state."""
-    if resumable(str(sgd)) is None:
-        return None
     prefix, rest = f"{key[:32]}-sgd", sgd.label.removeprefix(f"sgd{sgd.steps}")
     names = (path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*.safetensors"))
     points = (re.fullmatch(rf"(\d+){re.escape(rest)}-[0-9a-f]{{64}}\.safetensors", name) for name in names)

@@ -166,7 +166,8 @@ class Exchange:
         limit = self._recovery_limit()
         child = self.stack.enter_context(self.shop.spawn(job, max(limit, PREPARED_BYTES) if preparing else limit))
         if preparing:
-            seeds = self.shop.scenes.seeds("prepare", trials, job.attack.name, self.weights.digest)
+            # By the weights alone, so that a model's artefact does not depend on which others are in the block.
+            seeds = self.shop.scenes.seeds("prepare", self.weights.sha256, job.attack.name)
         else:
             seeds = self.shop.scenes.seeds("attack", trials, job.attack.name, task.hash)
         blobs = {"seeds": Blob.pack({"seeds": seeds}), **prepared}

@@ -23,6 +23,7 @@ def granted_names(task: Task, weights: Weights, defense: Sequence[EntrySpec]) ->
     facts = {
         "head_bias": weights.has_head_bias,
         "nonnegative_features": weights.nonnegative_features is True,
+        "four_classes": weights.parameters[f"{weights.head}.weight"].shape[1] >= 4,
         "single_example": merged * task.protocol.local_batches * task.protocol.clients == 1,
     }
     return task.threat_model.granted() | {name for name, true in facts.items() if true}

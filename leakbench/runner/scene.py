@@ -162,8 +162,14 @@ class Scenes:
         every = [[[shuffled(t, k, turn) for turn in range(passes)] for k in range(protocol.clients)] for t in trials]
         return torch.tensor(every).view(len(trials), protocol.clients, protocol.local_steps, batch.size)
 
-    def seeds(self, purpose: str, trials: Sequence[int], *names: object) -> Tensor:
-        """Return (T, 32) uint8 seeds of the defense's noise (secret) or of the attack's draws (public)."""
+    def seeds(self, purpose: str, trials: Sequence[object], *names: object) -> Tensor:
+        """Return (T, 32) uint8 seeds of the defense's noise (secret) or of the attack's draws (public).
+
+        Args:
+            purpose: ``defense``, ``attack`` or ``prepare``.
+            trials: What each row belongs to: trials, or hashes of weights.
+            names: What all rows belong to.
+        """
         key = self._season.key if purpose == "defense" else PUBLIC_KEY
         rows = [list(derive(key, purpose, *names, trial)) for trial in trials]
         return torch.tensor(rows, dtype=torch.uint8).view(len(trials), 32)

@@ -101,7 +101,7 @@ class Report:
         if self.failed:
             lines.append("run the failed ones again with --retry-failed")
         if self.trials.get("unavailable"):
-            lines.append("unavailable: once what they lack is at hand, run them again with --retry-failed")
+            lines.append("unavailable: where what they lack can be had, get it and run them again with --retry-failed")
         lines += [f"{count} jobs left out: {reason}" for reason, count in self.left_out.items()]
         return "\n".join([*lines, f"rows: {self.out}", f"next: leakbench board {self.out}"])
 
@@ -160,7 +160,7 @@ def _at_hand(jobs: Sequence[Job]) -> tuple[list[Job], Counter[str]]:
     kept = [job for job in jobs if known[job.task.hash] is None]
     missing = Counter(reason for job in jobs if (reason := known[job.task.hash]) is not None)
     if not kept:
-        raise UserError(f"--only-available: none of the data is at hand: {next(iter(missing))}")
+        raise UserError(f"--only-available: none of the data is at hand: {'; '.join(missing)}")
     return kept, missing
 
 
@@ -200,7 +200,7 @@ def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season, *, wh
                 display.say(f"{len(jobs)} jobs, {workers} at a time, isolation {runner.level}; rows go to {out}")
                 reasons = runner.preflight(jobs)
                 if whole and sum(reasons.values()) == len(jobs):
-                    raise UserError(next(iter(reasons)))
+                    raise UserError("nothing to measure: " + "; ".join(reasons))
                 for reason, count in reasons.items():
                     display.say(f"{count} of {len(jobs)} jobs will have rows of status unavailable: {reason}")
                 return run_jobs(jobs, runner, display, workers=workers)

@@ -27,7 +27,7 @@ TRIALS = 4
 AUXILIARY = 60
 BUDGET = 6
 SPEC = InputSpec(shape=(1, 8, 8), mean=(0.3,), std=(0.4,))
-PUBLIC_FACTS = frozenset({"head_bias", "nonnegative_features", "single_example"})
+PUBLIC_FACTS = frozenset({"head_bias", "nonnegative_features", "single_example", "four_classes"})
 
 
 @cache

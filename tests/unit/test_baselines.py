@@ -17,7 +17,7 @@ from leakbench_baselines.defenses.null_update import NullUpdate
 from leakbench_baselines.defenses.topk import TopK
 from torch.distributions import Normal
 
-from leakbench import DefenseContext, Observation, UserError
+from leakbench import DefenseContext, Knowledge, Observation, UserError
 from leakbench.federation.client import Client
 from leakbench.knowledge import Facts, Seen
 from leakbench.models.functional import build_model
@@ -125,8 +125,9 @@ def test_bias_count_is_exact_where_confidences_do_not_depend_on_the_input(reduct
         batch_size=batch,
         inputs_per_client=batch,
     )
-    observation = Observation(Seen([update]), facts=facts, random=streams(trials, 7), model=model)
-    counts = BiasCount().run(observation).label_counts[:, 0]
+    knowledge = {"facts": facts, "random": streams(trials, 7), "model": model}
+    prepared = BiasCount().prepare(Knowledge(**knowledge))
+    counts = BiasCount().run(Observation(Seen([update], prepared=prepared), **knowledge)).label_counts[:, 0]
     for t in range(trials):
         assert counts[t].tolist() == torch.bincount(labels[t].flatten(), minlength=10).tolist()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ SUITE = """
 name: small
 version: 1
 description: a test
-trials: 40
+trials: 20
 trials_per_job: 2
 model_draws: per_trial
 grids:
@@ -28,7 +29,7 @@ grids:
     attacks: [llg, random_labels]
     defenses: [none, gaussian_noise(std=0.01)]
 """
-JOBS = 80  # many, so that a run is not over before the signal that is to stop it arrives
+JOBS = 40
 VARYING = ["wall_seconds", "client_seconds", "prepare_seconds", "peak_memory_bytes", "utc", "git_sha", "git_dirty"]
 
 
@@ -39,7 +40,9 @@ def start(tmp_path, monkeypatch):
 
     def call(out, *options):
         command = [sys.executable, "-c", "from leakbench.cli import main; main()", "run", "small.yaml", "--out", out]
-        return subprocess.Popen([*command, *options], cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+        # A shell's background job ignores interrupts, and so would what it starts.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen([*command, *options], cwd=tmp_path, stdout=-1, stderr=-1, text=True, preexec_fn=heed)
 
     return call
 

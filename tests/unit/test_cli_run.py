@@ -168,7 +168,7 @@ def test_a_run_of_which_nothing_is_at_hand_is_refused_but_a_shard_is_not(run, sc
     script.unavailable = {"dataset d is not at hand; type: get d": 8}
     code, out, err = run()
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1] == "error: dataset d is not at hand; type: get d"
+    assert err.splitlines()[-1] == "error: nothing to measure: dataset d is not at hand; type: get d"
     assert script.ran == []
     script.act, script.unavailable = lambda job: "unavailable", {"no d": 99}
     code, out, err = run("--shard", "1/2")

@@ -47,9 +47,21 @@ def test_a_failed_trial_counts_as_chance():
     assert line["edge"] == pytest.approx(0.5)
 
 
+def test_no_task_weighs_more_than_another_by_its_chance():
+    parts = [make([0.9] * 4, reference=0.2), make([0.1] * 4, task=EIGHT, reference=0.9)]
+    assert by_attack(lanes(frame(*parts)))["llg"]["edge"] == pytest.approx((0.875 - 1) / 2)
+
+
+def test_a_task_that_guessing_solves_is_no_task_of_the_lane():
+    parts = [make([0.6] * 4, reference=0.2), make([0.5] * 4, task=EIGHT, reference=1.0)]
+    line = by_attack(lanes(frame(*parts)))["llg"]
+    assert (line["edge"], line["tasks"]) == (pytest.approx(0.5), 1)
+    assert lanes(frame(parts[1])).empty
+
+
 def test_an_attack_that_ran_nowhere_has_no_rank():
     never = make([None] * 8, "rlu", statuses=["not_applicable"] * 8)
-    table = lanes(frame(never, make([0.1] * 8, "random_labels")))
+    table = lanes(frame(never, make([0.3] * 8, "random_labels")))
     assert table["attack"].tolist() == ["random_labels", "rlu"]
     assert table["rank_group"].tolist()[0] == 1
     assert np.isnan(table["rank_group"].tolist()[1])

@@ -60,6 +60,15 @@ class Probe(Attack):
 
 class HeadProbe(Probe):
     reads = ("head.bias",)
+
+
+class Drawn(Probe):
+    def prepare(self, knowledge):
+        return {"drawn": knowledge.randn(1)[:, 0]}
+
+    def run(self, observation):
+        counts = super().run(observation).label_counts
+        return Recovery(label_counts=counts, visible_loss=observation.prepared["drawn"].expand(observation.trials))
 """
 
 
@@ -203,6 +212,15 @@ def test_rows_of_another_block_size_agree_within_tolerance(place, lab, reference
     for rows in (tables[5], tables[12]):
         pd.testing.assert_frame_equal(rows[names], tables[4][names], check_exact=True)
         np.testing.assert_allclose(rows.visible_loss, tables[4].visible_loss, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_prepared_for_a_model_does_not_depend_on_the_others_of_its_block(place, lab):
+    drawn = []
+    for size in (4, 5):
+        jobs = jobs_of(place, f"drawn{size}", attacks=["probe.py:Drawn"], defenses=["none"], block=size)
+        drawn.append(lab.measure(jobs).set_index("trial").visible_loss.sort_index())
+    assert drawn[0].nunique() == len(drawn[0])
+    pd.testing.assert_series_equal(*drawn)
 
 
 def test_process_and_bwrap_and_none_give_the_same_rows(place, reference):

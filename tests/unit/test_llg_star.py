@@ -100,7 +100,7 @@ def test_random_dummies_fill_the_range_of_pixels():
 
 @pytest.mark.parametrize("dummies", ["zeros", "random"])
 def test_dummies_come_in_the_clients_batches_where_batch_norm_joins_them(dummies):
-    knowledge = watched(architecture="resnet20", width=4, trials=2, models=1)
+    knowledge = watched(architecture="resnet20", width=4, trials=2, models=1, protocol=Protocol(batch_norm="train"))
     prepared = LLGStar(dummies=dummies, rounds=2).prepare(knowledge)
     assert {x.shape[1] for x in knowledge.seen} == {5}
     assert all(value.isfinite().all() for value in prepared.values())

@@ -111,7 +111,9 @@ def test_a_single_example_is_one_that_the_client_trains_on(batch, protocol, expr
         batch=BatchSpec(size=batch),
         protocol=Protocol(**protocol),
     )
-    weights = SimpleNamespace(has_head_bias=True, nonnegative_features=True)
+    weights = SimpleNamespace(
+        has_head_bias=True, nonnegative_features=True, head="fc", parameters={"fc.weight": torch.zeros(1, 10, 3)}
+    )
     assert ("single_example" in granted_names(task, weights, resolve("defense", expression))) == single
 
 

@@ -23,6 +23,7 @@ ROW = dict.fromkeys((field.name for field in ROW_FIELDS), None) | {
     "stage": "untrained",
     "local_steps": 1,
     "sampler": "iid",
+    "draw": 0,
     "dataset": "digits",
     "batch_size": 8,
     "attack": "llg",
@@ -66,6 +67,23 @@ def test_a_figure_agrees_within_the_sampling_error_of_both_means_and_its_roundin
         assert line["difference"] == pytest.approx(distance * tolerance)
         assert line["low"] < 0.5 < line["high"]
         assert line["note"] == ("why" if verdict == "differs" else "")
+
+
+def test_the_spread_between_models_counts_where_several_trials_share_one():
+    means, within = np.array([0.3, 0.5, 0.7]), np.array([-0.01, 0.01] * 10)
+    values = (means[:, None] + within).ravel()
+    parts = [row | {"draw": i // 20} for i, row in enumerate(rows(list(values)))]
+    inner = (within**2).sum() * 3 / (60 - 3)
+    between = 0.04 - inner / 20
+    tolerance = 1.959964 * np.sqrt(between * (1 / 3 + 1) + inner * (1 / 60 + 1 / 50)) + 0.0005
+    assert table(parts, refs=references(figure(0.5)))[0]["tolerance"] == pytest.approx(tolerance)
+
+
+def test_figures_of_one_setting_stand_together():
+    refs = references(
+        figure(0.5), figure(0.4, batch_size=9).model_copy(update={"setting": "t"}), figure(0.3, attack="x")
+    )
+    assert [line["setting"] for line in table(rows([0.5, 0.6]), refs=refs)] == ["s", "s", "t"]
 
 
 def test_figures_without_spread_agree_only_up_to_their_rounding():

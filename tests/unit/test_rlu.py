@@ -55,7 +55,9 @@ def trained(block, steps):
 def plain_erroneous(block, model):
     """Mean logits and probabilities in class j: means over the examples of each other class, averaged over classes."""
     inputs, labels = block.knowledge["auxiliary"]
-    logits = model.logits(inputs[None], batch_norm=block.protocol.batch_norm)[0].detach().numpy()
+    parts = inputs.split(block.batch)  # as many as a client's batch, which matters to BatchNorm in train mode
+    logits = [model.logits(part[None], batch_norm=block.protocol.batch_norm)[0] for part in parts]
+    logits = torch.cat(logits).detach().numpy()
     result = []
     for values in (logits, softmax(logits, axis=1)):
         means = {c: values[labels.numpy() == c].mean(0) for c in sorted(set(labels.tolist()))}
@@ -89,7 +91,7 @@ def plain_rlu(block, update, trial, refinements=5):
     target, late = plain_erroneous(block, model.with_state(parameters=after))
     o = [sum(db[i] * dw[i, d] for i in range(CLASSES)) / sum(db**2) for d in range(dw.shape[1])]
     n = plain_counts(late, db, total)
-    unit = protocol.local_steps
+    unit = protocol.local_batches
     for turn in range(refinements + 1):
         shift, seen = mu.copy(), []
         for _ in range(protocol.local_steps):

@@ -111,7 +111,8 @@ def test_a_net_without_features_gives_valid_counts(attack, steps):
 @pytest.mark.parametrize("architecture", ["mlp", "resnet20"])
 @pytest.mark.parametrize("samples", [1, 40, 5000])
 def test_noise_comes_in_whole_pieces_that_other_trials_do_not_change(architecture, samples):
-    block = digits_block(8, architecture=architecture, trials=2, models=2, width=4)
+    protocol = Protocol(batch_norm="train")
+    block = digits_block(8, architecture=architecture, trials=2, models=2, width=4, protocol=protocol)
     both = list(noise(Knowledge(**block.knowledge), samples))
     alone = list(noise(Knowledge(**{**block.knowledge, "random": TrialRandom(block.seeds[1:])}), samples))
     assert all(x[1:].equal(y) for x, y in zip(both, alone, strict=True))
