@@ -151,11 +151,11 @@ def resolve(kind: Kind, text: str) -> tuple[EntrySpec, ...]:
 
 
 def resolve_all(expressions: Iterable[tuple[Kind, str]]) -> dict[tuple[Kind, str], tuple[EntrySpec, ...]]:
-    """Resolve many expressions with one child process at most.
+    """Resolve many expressions with two child processes at most: one describes entries, one tries their parameters.
 
     Raises:
         UserError: An expression is malformed, names an unknown entry or parameter, gives a value of another type than
-            the default's, chains attacks, or an entry's file fails to import.
+            the default's or one that the entry refuses, chains attacks, or an entry's file fails to import.
     """
     calls = {(kind, text): parse_expression(text) for kind, text in dict.fromkeys(expressions)}
     for (kind, text), parts in calls.items():
@@ -168,7 +168,36 @@ def resolve_all(expressions: Iterable[tuple[Kind, str]]) -> dict[tuple[Kind, str
         key = (kind, call.ref)
         return EntrySpec(described[key], merge_params(described[key], call.params), sources[key])
 
-    return {(kind, text): tuple(spec(kind, call) for call in parts) for (kind, text), parts in calls.items()}
+    specs = {(kind, text): tuple(spec(kind, call) for call in parts) for (kind, text), parts in calls.items()}
+    _try_params([part for parts in specs.values() for part in parts])
+    return specs
+
+
+def _try_params(specs: Iterable[EntrySpec]) -> None:
+    """Have a child build the entries whose parameters are not their defaults, once per source and parameters.
+
+    Raises:
+        UserError: An entry refuses its parameters.
+    """
+    unknown: dict[Path, EntrySpec] = {}
+    for spec in specs:
+        if spec.source is not None and dict(spec.params) != spec.description.params:
+            path = _cache_path(spec.source, spec.params)
+            if path not in _accepted and not path.is_file():
+                unknown[path] = spec
+    if not unknown:
+        return
+    from leakbench.runner.isolate import describe_entries
+
+    requests = [spec.request() for spec in unknown.values()]
+    for (path, spec), answer in zip(unknown.items(), describe_entries(requests, isolation="auto"), strict=True):
+        if "ok" not in answer:
+            raise UserError(f"{spec.description.kind} {spec.label}: {answer.get('error', 'no answer')}")
+        _accepted.add(path)
+        _write_json(path, "{}")
+
+
+_accepted: set[Path] = set()
 
 
 def merge_params(description: Description, given: Mapping[str, Value]) -> dict[str, Value]:
@@ -262,8 +291,10 @@ def _describer() -> list[str]:
     return [importlib.metadata.version("leakbench"), hashlib.sha256(code.read_bytes()).hexdigest()]
 
 
-def _cache_path(source: EntrySource) -> Path:
-    key = [*_describer(), source.kind, source.module, source.class_name, source.sha256]
+def _cache_path(source: EntrySource, params: Mapping[str, Value] | None = None) -> Path:
+    key: list[str | None] = [*_describer(), source.kind, source.module, source.class_name, source.sha256]
+    if params is not None:
+        key.append(json.dumps(dict(params), sort_keys=True))
     return cache_dir() / "describe" / f"{content_hash(key)}.json"
 
 
@@ -286,11 +317,15 @@ def _read_cache(source: EntrySource) -> Description | None:
 def _write_cache(source: EntrySource, description: Description) -> None:
     path = _cache_path(source)
     _described[path] = description
+    _write_json(path, description.model_dump_json())
+
+
+def _write_json(path: Path, text: str) -> None:
     with contextlib.suppress(OSError):  # without a writable cache the next command asks the child again
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "w") as file:
-            file.write(description.model_dump_json())
+            file.write(text)
         os.replace(name, path)
 
 

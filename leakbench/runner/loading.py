@@ -88,12 +88,14 @@ def _find(module: ModuleType, request: Mapping[str, Any]) -> type[Entry]:
 
 
 def describe(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"ok": fields}`` or ``{"error": line}``."""
+    """Return ``{"ok": fields}`` or ``{"error": line}``; with ``params``, only where the entry takes them."""
     try:
         cls = _find(_import(request), request)
         name = vars(cls).get("name", request["name"])
         if request.get("module") and name != request["name"]:
             raise InvalidOutput(f"is registered as {name!r}, but its file is called {request['name']!r}")
+        if "params" in request:
+            cls(**request["params"])
         return {"ok": describe_class(cls, request["kind"], name)}
     except Exception as error:
         return {"error": error_line(error)}

@@ -74,6 +74,7 @@ def test_help_imports_click_and_nothing_heavy():
 def test_what_only_reads_or_plans_does_not_import_torch(tmp_path):
     lines = [f"list {kind}" for kind in KINDS] + ["show quick", "show llg", "schema", "run quick --shard 3/2"]
     lines += [f"status {tmp_path}", f"board {tmp_path}"]
+    modules_after("list attacks", "list defenses", "show quick")  # warms the cache of what entries say of themselves
     for line, words in modules_after(*lines).items():
         assert "torch" not in words, line
 
@@ -152,6 +153,8 @@ def test_the_schema_is_printed_as_markdown(leakbench):
         (["run", "quick", "--attack", "llgg"], "Did you mean 'llg'"),
         (["run", "quick", "--attack", "llg(x=1)"], "no parameter 'x'"),
         (["run", "quick", "--attack", "llg+llg"], "expected one attack"),
+        (["run", "quick", "--attack", "llbg(gamma=2)"], "expected 0 <= gamma < 1, got 2.0"),
+        (["run", "quick", "--defense", "topk+clip_l2(bound=0)"], "defense clip_l2"),
         (["run", "quick", "--defense", "topkk"], "Did you mean 'topk'"),
         (["run", "quick", "--defense", "topk(p='most')"], "expected a number"),
         (["run", "quick", "--attack", "/no/file.py:X"], "/no/file.py"),
