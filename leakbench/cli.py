@@ -211,8 +211,12 @@ def show(name: str, as_json: bool) -> None:
             click.echo("\n" + textwrap.indent(item["doc"].partition("\n")[2].strip("\n"), "  "))
 
 
+MOST_TASKS = 20
+"""Most tasks of a suite that `show` prints."""
+
+
 def _show_tasks(tasks: list[dict[str, Any]]) -> None:
-    for task in tasks:
+    for task in tasks[:MOST_TASKS]:
         click.echo(f"  {task['task']}  {task['hash'][:12]}  lane: {task['lane'] or 'none'}")
         for attack, cells in groupby(task["cells"], key=lambda cell: cell["attack"]):
             rows = list(cells)
@@ -220,6 +224,8 @@ def _show_tasks(tasks: list[dict[str, Any]]) -> None:
             click.echo(
                 f"    {attack} vs {against}: {rows[0]['trials']} trials each, model_draws {rows[0]['model_draws']}"
             )
+    if len(tasks) > MOST_TASKS:
+        click.echo(f"  and {len(tasks) - MOST_TASKS} tasks more: --json")
 
 
 @cli.command()
