@@ -74,7 +74,8 @@ def test_help_imports_click_and_nothing_heavy():
 def test_what_only_reads_or_plans_does_not_import_torch(tmp_path):
     lines = [f"list {kind}" for kind in KINDS] + ["show quick", "show llg", "schema", "run quick --shard 3/2"]
     lines += [f"status {tmp_path}", f"board {tmp_path}"]
-    modules_after("list attacks", "list defenses", "show quick", "show llg")  # warms the cache of what entries say of themselves
+    # Warms the cache of what entries say of themselves, which a child that has torch finds out.
+    modules_after("list attacks", "list defenses", "show quick", "show llg")
     for line, words in modules_after(*lines).items():
         assert "torch" not in words, line
 
