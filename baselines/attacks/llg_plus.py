@@ -49,7 +49,7 @@ class LLGPlus(Attack):
         turn = torch.arange(per_class, device=labels.device) % members[:, None]
         picks = labels.argsort(stable=True)[turn + (members.cumsum(0) - members)[:, None]].flatten()
         times = torch.ones_like(picks)
-        if not knowledge.model.has_batch_norm:
+        if not knowledge.examples_interact:
             picks, times = torch.unique(picks, return_counts=True)
         classes = torch.arange(knowledge.num_classes, device=labels.device)
         share = (labels[picks] == classes[:, None]) * times.double() / per_class

@@ -32,7 +32,7 @@ class ZLGPlus(Attack):
         """Measure ``confidence`` (M, C) and ``mass`` (M, 1)."""
         inputs, _ = knowledge.auxiliary
         size = piece_size(knowledge)
-        if knowledge.model.has_batch_norm:  # whole batches only: go round the examples
+        if knowledge.examples_interact:  # whole batches only: go round the examples
             inputs = inputs[torch.arange(-(-len(inputs) // size) * size, device=inputs.device) % len(inputs)]
         pieces = (inputs[None, first : first + size] for first in range(0, len(inputs), size))
         behavior: dict[str, Tensor] = mean_behavior(knowledge, pieces)
