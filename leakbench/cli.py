@@ -286,9 +286,7 @@ def board(out: tuple[Path, ...], form: str | None, only_lanes: bool) -> None:
     from leakbench.results import load_rows
 
     rows = load_rows(out)
-    board, ranked = cells(rows), lanes(rows)
-    if only_lanes:
-        board = board.iloc[:0]
+    board, ranked = cells(rows.iloc[:0] if only_lanes else rows), lanes(rows)
     if form is None:
         render.terminal(board, ranked)
     elif form == "csv":

@@ -26,7 +26,7 @@ from leakbench.results import load_rows
 from leakbench.runner.session import planned_jobs
 from leakbench.schema import ROW_FIELDS, task_columns
 from leakbench.suites import read_yaml
-from leakbench.tasks import STAGES, Part, SGDStage
+from leakbench.tasks import Part, stage_order
 
 Where = dict[str, str | int | float | bool | None]
 """Values by row column."""
@@ -169,12 +169,10 @@ def compare(rows: pd.DataFrame, references: References, *, whole: bool = True) -
 
 def _place(row: pd.Series[Any]) -> tuple[Any, ...]:
     """Return where a cell stands among others: by net, stage, steps, sampler, batch size, defense, attack."""
-    sgd = SGDStage.parse(row["stage"])
-    stage = (1, sgd.steps) if sgd else (0, STAGES.index(row["stage"]))
     net = (row["dataset"], row["architecture"], row["architecture_params"])
     return (
         *net,
-        stage,
+        stage_order(row["stage"]),
         row["local_steps"],
         row["sampler"],
         row["batch_size"],

@@ -106,6 +106,11 @@ class BatchSpec(Part):
         )
 
 
+def local_batches(batches: str, local_steps: int, batches_per_epoch: int) -> int:
+    """Return the distinct batches of a client (S), from a `Protocol`'s fields or the columns of a row."""
+    return {"fresh": local_steps, "same": 1, "epochs": batches_per_epoch}[batches]
+
+
 class Protocol(Part):
     """What a client does and sends."""
 
@@ -150,7 +155,7 @@ class Protocol(Part):
     @property
     def local_batches(self) -> int:
         """Distinct batches a client holds (S); it has S * B examples."""
-        return {"fresh": self.local_steps, "same": 1, "epochs": self.batches_per_epoch}[self.batches]
+        return local_batches(self.batches, self.local_steps, self.batches_per_epoch)
 
     @property
     def label(self) -> str:
@@ -264,6 +269,12 @@ class SGDStage(Part):
     def __str__(self) -> str:
         changed = self.model_dump(exclude_defaults=True)
         return "sgd(" + ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items()) + ")"
+
+
+def stage_order(stage: str) -> tuple[int, int, str]:
+    """Return where a stage stands among others: those by name first, then runs of SGD by their steps."""
+    sgd = SGDStage.parse(stage)
+    return (1, sgd.steps, stage) if sgd else (0, STAGES.index(stage), stage)
 
 
 def _stage(value: str) -> str:

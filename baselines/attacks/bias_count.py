@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from leakbench_baselines.attacks.random_image import uniform_pixels
 from torch import Tensor
 
 from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
@@ -61,11 +62,10 @@ class BiasCount(Attack):
         """Measure the mean confidences ``p`` (M, C) on dummies."""
         if self.confidence == "uniform":
             return {}
-        low, high = (bound.to(knowledge.model.device, knowledge.model.dtype) for bound in knowledge.bounds)
         mean = []
         for _ in range(self.rounds):
-            pixels = knowledge.rand(knowledge.batch_size, *knowledge.input_spec.shape).to(low.dtype)
-            mean.append(knowledge.forward(low + (high - low) * pixels)[0].double().softmax(-1).mean(1))
+            dummies = uniform_pixels(knowledge, knowledge.batch_size, knowledge.model.dtype)
+            mean.append(knowledge.forward(dummies)[0].double().softmax(-1).mean(1))
         return {"p": torch.stack(mean).mean(0)}
 
     def run(self, observation: Observation) -> Recovery:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from leakbench_baselines.attacks.llg import extract_counts
+from leakbench_baselines.attacks.random_image import uniform_pixels
 from torch import Tensor
 
 from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
@@ -127,7 +128,7 @@ class LLGStar(Attack):
             if alike:
                 dummies = (low if self.dummies == "zeros" else high).expand(1, count, *model.input_shape)
             else:
-                dummies = low + (high - low) * knowledge.rand(count, *model.input_shape).to(model.dtype)
+                dummies = uniform_pixels(knowledge, count, model.dtype)
             yield dummies, share.to(model.device)
             knowledge.progress(done + 1, rounds)
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from leakbench import Attack, Observation, Recovery, register
+import torch
+from torch import Tensor
+
+from leakbench import Attack, Knowledge, Observation, Recovery, register
+
+
+def uniform_pixels(knowledge: Knowledge, count: int, dtype: torch.dtype) -> Tensor:
+    """Draw inputs (T, count, *input_shape), every pixel uniform between the least and the greatest valid value."""
+    low, high = (bound.to(dtype) for bound in knowledge.bounds)
+    return low + (high - low) * knowledge.rand(count, *knowledge.input_spec.shape).to(dtype)
 
 
 @register("random_image", version=1)
@@ -21,6 +30,4 @@ class RandomImage(Attack):
     def run(self, observation: Observation) -> Recovery:
         """Draw inputs (T, K * N, *input_shape)."""
         candidates = observation.inputs_per_client * observation.clients
-        pixels = observation.rand(candidates, *observation.input_spec.shape)
-        low, high = (bound.to(pixels.device) for bound in observation.bounds)
-        return Recovery(inputs=low + (high - low) * pixels)
+        return Recovery(inputs=uniform_pixels(observation, candidates, torch.float32))

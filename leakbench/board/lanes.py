@@ -11,6 +11,7 @@ from leakbench.board.columns import ATTACK_KEYS, DEMONSTRATION_DATASETS, Cell
 from leakbench.board.score import group_ids, split_cells
 from leakbench.board.stats import rank_groups, stratified
 from leakbench.metrics import headline
+from leakbench.tasks import local_batches
 
 LANE_KEYS = ("season", "season_commitment", "benchmark_version", "lane", "target", "demonstration", "stage")
 """What one table of attacks shares."""
@@ -95,9 +96,9 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _victims(part: pd.DataFrame) -> pd.DataFrame:
-    """Return the victims of a task by draw and trial: the law they are drawn by, and their number under it."""
+    """Return the victims of a task by draw and trial, with the law they are drawn by."""
     first = part.iloc[0]
-    batches = {"fresh": first["local_steps"], "same": 1, "epochs": first["batches_per_epoch"]}[first["batches"]]
+    batches = local_batches(first["batches"], first["local_steps"], first["batches_per_epoch"])
     law = repr((*(str(first[key]) for key in _VICTIM), int(batches), int(first["clients"])))
     return part[["draw", "trial"]].drop_duplicates().assign(law=law)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from leakbench.board.score import TABLE_COLUMNS, group_ids
 from leakbench.board.stats import CONFIDENCE, RESAMPLES
 from leakbench.keys import DEVELOPMENT
 from leakbench.metrics import METRICS, headline
-from leakbench.tasks import STAGES, SGDStage
+from leakbench.tasks import stage_order
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -220,7 +220,7 @@ def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
     for keys, lane in lanes.groupby([key for key in LANE_KEYS if key != "stage"], sort=False, dropna=False):
         season, _, _, name, target, demonstration = map(str, keys)
         shown = f"lane {name}, {{}}" + (", demonstration" if demonstration == "True" else "")
-        stages = sorted(lane["stage"].unique(), key=_stage_order)
+        stages = sorted(lane["stage"].unique(), key=stage_order)
         left_out = len(stages) - MOST_STAGES
         if left_out > 0:
             stages = [stages[round(i * (len(stages) - 1) / (MOST_STAGES - 1))] for i in range(MOST_STAGES)]
@@ -260,25 +260,27 @@ MOST_STAGES = 4
 """Most stages side by side in a printed table."""
 
 
-def _stage_order(stage: str) -> tuple[int, str]:
-    sgd = SGDStage.parse(stage)
-    return (sgd.steps, stage) if sgd else (-len(STAGES) + STAGES.index(stage), stage)
-
-
 def markdown(board: pd.DataFrame, lanes: pd.DataFrame | None = None) -> str:
     """Return the board as Markdown, the lanes first."""
     parts = ["\n".join(f"> {note}" for note in notes(board))]
     for lane in () if lanes is None else lane_tables(lanes):
         rows = [["attack", *lane.header], ["---", *("---:" for _ in lane.header)]]
         rows += [[attack, *texts] for attack, texts in lane.lines]
-        lines = ["| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in rows]
-        parts.append("\n".join([f"### {lane.title}", "", *lines, "", f"*{lane.caption}*"]))
+        parts.append(_section(lane, rows))
     for table in tables(board):
         rule = ["---", *("---:" if column.right else "---" for column in VIEW)]
         rows = [["defense", *table.header], rule, *([defense, *texts] for defense, texts in table.lines)]
-        lines = ["| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in rows]
-        parts.append("\n".join([f"### {table.title}", "", *lines, "", f"*{table.caption}*"]))
+        parts.append(_section(table, rows))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(table: Table, rows: list[list[str]]) -> str:
+    return "\n".join([f"### {table.title}", "", *markdown_lines(rows), "", f"*{table.caption}*"])
+
+
+def markdown_lines(rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return rows of cells as lines of a Markdown table; the rule below the heading is a row like any other."""
+    return ["| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in rows]
 
 
 def to_csv(board: pd.DataFrame) -> str:

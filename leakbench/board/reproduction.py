@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from leakbench.board.render import markdown_lines
+
 if TYPE_CHECKING:
     from leakbench.reproduce import References
 
@@ -35,12 +37,8 @@ def to_markdown(table: pd.DataFrame, references: References) -> str:
         "verdict",
         "note",
     )
-    head = "| " + " | ".join(keys) + " |"
-    lines = [references.paper, "", references.provenance, "", counts, "", head, "|" + " --- |" * len(keys)]
-    for line in shown(table):
-        cells = (line[key].replace("|", "\\|") for key in keys)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = [keys, ["---"] * len(keys), *([line[key] for key in keys] for line in shown(table))]
+    return "\n".join([references.paper, "", references.provenance, "", counts, "", *markdown_lines(rows)]) + "\n"
 
 
 def shown(table: pd.DataFrame) -> list[dict[str, str]]:

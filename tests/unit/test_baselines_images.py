@@ -22,12 +22,7 @@ SPEC = InputSpec(shape=(1, 8, 8), mean=(0.3,), std=(0.4,))
 AUXILIARY = 100
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def block(*, trials, batch=1, own_models=True, labels_known=True, budget=None, width=64, precision="float32"):

@@ -12,13 +12,7 @@ from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client, ClientState, batch_order
 from leakbench.tasks import Protocol
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def send(model, inputs, labels, protocol, *parts, **options):

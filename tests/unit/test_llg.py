@@ -18,12 +18,7 @@ from leakbench.tasks import Protocol
 ROUNDS = 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def extract(g, m, s, total, *, plus):

@@ -25,12 +25,7 @@ PARAMETERS = {  # counted by hand from the papers' tables for the usual input an
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name, seeds=(0,), init="default", classes=5, **params):
