@@ -37,9 +37,11 @@ def smallest_counts(start: Tensor, step: Tensor, total: Tensor) -> Tensor:
         enough = below(middle).sum(1, keepdim=True) >= wanted
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     counts = below(low)
-    tied = below(high) - counts
+    # What is left lies closer together than the halvings can tell: the least next number first.
+    order = (height + counts * step).argsort(dim=1, stable=True)
+    tied = (below(high) - counts).gather(1, order)
     room = wanted - counts.sum(1, keepdim=True) - (tied.cumsum(1) - tied)
-    return counts + tied.minimum(room.clamp(min=0))
+    return counts.scatter_add(1, order, tied.minimum(room.clamp(min=0)))
 
 
 def counts_from_bias(gradient: Tensor, confidence: Tensor, total: int) -> Tensor:
