@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from leakbench.defense import DefenseContext as DefenseContext
     from leakbench.entry import register as register
     from leakbench.errors import LeakbenchError as LeakbenchError
+    from leakbench.errors import NotApplicable as NotApplicable
     from leakbench.errors import NotGranted as NotGranted
     from leakbench.errors import UserError as UserError
     from leakbench.knowledge import Knowledge as Knowledge
@@ -30,6 +31,7 @@ _HOMES = {
     "DefenseContext": "leakbench.defense",
     "Knowledge": "leakbench.knowledge",
     "LeakbenchError": "leakbench.errors",
+    "NotApplicable": "leakbench.errors",
     "NotGranted": "leakbench.errors",
     "Observation": "leakbench.knowledge",
     "Recovery": "leakbench.attack",

@@ -186,13 +186,21 @@ class Attack(Entry, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names out of `NEEDS`; a task that lacks one gives ``not_applicable`` rows."""
     reads: ClassVar[tuple[str, ...]] = ("*",)
-    """Update tensors it reads: names, patterns, or ``head.weight`` / ``head.bias`` for the last linear layer."""
+    """Update tensors it reads: names, patterns, or ``head.weight`` / ``head.bias`` for the last linear layer.
+
+    An attack that recovers both may read less for one target: ``("labels:head.weight", "inputs:*")``.
+    """
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:  # noqa: ARG002  (neutral default of a hook)
         """Compute what depends on the model alone; called once per (attack, defense, model), sees no update.
 
         Returns:
             Tensors of any names, given to each `run` as ``observation.prepared``.
+
+        Raises:
+            NotApplicable: The attack cannot work on such a task, e.g. a closed form for another kind of net. Only here,
+                where no update was seen, may an attack decline: its rows are ``not_applicable`` with the reason. A
+                `NotGranted` that is raised here counts as the same.
         """
         return {}
 

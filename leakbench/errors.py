@@ -28,6 +28,10 @@ class NotGranted(LeakbenchError):
     """An entry read knowledge that the task's threat model does not grant."""
 
 
+class NotApplicable(LeakbenchError):
+    """Raised by `Attack.prepare`: the attack cannot work on such a task; its rows say so, with this reason."""
+
+
 class InvalidOutput(LeakbenchError):
     """An entry returned a value of the wrong type, shape, dtype, size or range."""
 

@@ -38,6 +38,7 @@ class Facts:
         class_prior: (C,) class frequencies of the data source.
         wall_seconds: Time the whole block may take.
         model_evaluations: Gradient evaluations per trial that the budget allows; None is unlimited.
+        target: What the task asks for: ``labels`` or ``inputs``.
     """
 
     granted: frozenset[str]
@@ -51,6 +52,7 @@ class Facts:
     class_prior: tuple[float, ...] | None = None
     wall_seconds: float | None = None
     model_evaluations: int | None = None
+    target: str = "inputs"
 
 
 class Knowledge:
@@ -126,6 +128,11 @@ class Knowledge:
     def budget(self) -> int | None:
         """Gradient evaluations per trial that the suite allows; None is unlimited."""
         return self._facts.model_evaluations
+
+    @property
+    def target(self) -> str:
+        """What the task asks for: ``labels`` or ``inputs``."""
+        return self._facts.target
 
     @property
     def examples_interact(self) -> bool:

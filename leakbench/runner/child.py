@@ -18,7 +18,7 @@ from torch import Tensor
 
 from leakbench.attack import Attack, RecoveryShape
 from leakbench.defense import DefenseChain
-from leakbench.errors import InvalidOutput, NotGranted
+from leakbench.errors import InvalidOutput, NotApplicable, NotGranted
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client, ClientState
 from leakbench.federation.inputs import to_inputs
@@ -193,7 +193,10 @@ class AttackRole:
 
     def prepare(self, _: Message) -> Reply:
         """Run `Attack.prepare`."""
-        result = self.attack.prepare(Knowledge(**self.knowledge))
+        try:
+            result = self.attack.prepare(Knowledge(**self.knowledge))
+        except (NotApplicable, NotGranted) as error:
+            return "prepared", {"declined": error_line(error)}, {"prepared": {}}
         if not isinstance(result, dict) or not all(isinstance(v, Tensor) for v in result.values()):
             raise InvalidOutput("prepare() must return a dict of tensors")
         return "prepared", {}, {"prepared": {name: v.detach().cpu() for name, v in result.items()}}
@@ -304,6 +307,5 @@ def _report(error: Exception) -> dict[str, Any]:
     return {
         "status": status,
         "error": error_line(error) + hint,
-        "not_granted": isinstance(error, NotGranted),
         "traceback": traceback.format_exc()[-TRACEBACK_LIMIT:],
     }

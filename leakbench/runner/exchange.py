@@ -12,7 +12,7 @@ import torch
 
 from leakbench.attack import RecoveryShape
 from leakbench.data import Victims
-from leakbench.errors import InvalidOutput
+from leakbench.errors import InvalidOutput, NotApplicable
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.provenance import code_sha256
 from leakbench.runner.artefacts import Artefact
@@ -63,7 +63,7 @@ class Exchange:
         self.on_progress = on_progress
         self.data = shop.scenes.dataset(job.task)
         self.order = shop.scenes.order(job.task, job.trials)
-        self.names = read_names(job.attack.description.reads, weights, job.task.protocol)
+        self.names = read_names(job.attack.description.reads, weights, job.task.protocol, job.task.target)
         self.stack = ExitStack()
 
     def run(self) -> None:
@@ -72,6 +72,7 @@ class Exchange:
         Raises:
             ChildFailed: A child died, took too long, or reported an error.
             InvalidOutput: A child answered something that is not acceptable.
+            NotApplicable: The attack declined before it saw an update.
         """
         with self.stack:
             self._converse()
@@ -221,6 +222,8 @@ class Exchange:
                 limit=PREPARED_BYTES,
                 who="attack.prepare",
             )
+            if declined := message.body.get("declined"):
+                raise NotApplicable(str(declined))
             info = {"seconds": time.perf_counter() - begun}
             with blaming("attack.prepare"):
                 tensors = message.tensors("prepared")

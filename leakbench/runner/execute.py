@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from leakbench.data import Victims
-from leakbench.errors import InvalidOutput, LeakbenchError, Unavailable, UserError
+from leakbench.errors import InvalidOutput, LeakbenchError, NotApplicable, Unavailable, UserError
 from leakbench.keys import Season
 from leakbench.provenance import provenance
 from leakbench.results import prepare_out, write_job
@@ -142,7 +142,7 @@ class Runner:
         trials, memory, numbers = len(job.trials), self._shop.memory, weights.numel(weights.parameters)
         # Per trial: the update in the client, in transit and in the attack; its own weights where they are redrawn.
         copies = 3 + (2 if job.model_draws == "per_trial" else 0)
-        read = weights.numel(read_names(job.attack.description.reads, weights, job.task.protocol))
+        read = weights.numel(read_names(job.attack.description.reads, weights, job.task.protocol, job.task.target))
         whole = job.model_draws == "per_trial" or job.task.protocol.sends != "gradient" or bool(job.defense)
         per_trial = 4 * copies * (numbers if whole else read)
         if per_trial * trials > memory:
@@ -177,6 +177,8 @@ class Runner:
                 Exchange(self._shop, job, victims, weights, outcome, partial(self._report, job)).run()
         except Unavailable as error:
             outcome.fail("unavailable", str(error))
+        except NotApplicable as error:
+            outcome.fail("not_applicable", str(error))
         except ChildFailed as error:
             outcome.fail(error.status, str(error))
             output = error.output

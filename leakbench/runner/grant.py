@@ -29,11 +29,13 @@ def granted_names(task: Task, weights: Weights, defense: Sequence[EntrySpec]) ->
     return task.threat_model.granted() | {name for name, true in facts.items() if true}
 
 
-def read_names(reads: Sequence[str], weights: Weights, protocol: Protocol) -> list[str]:
-    """Return the update tensors that patterns name; ``head.weight`` and ``head.bias`` mean the last linear layer."""
+def read_names(reads: Sequence[str], weights: Weights, protocol: Protocol, target: str) -> list[str]:
+    """Return the update tensors that patterns name; see `leakbench.attack.Attack.reads`."""
+    led = [pattern.rpartition(":") for pattern in reads]
+    wanted = [pattern for lead, _, pattern in led if lead in ("", target)]
     patterns = [
         pattern.replace("head.", f"{weights.head}.", 1) if pattern in ("head.weight", "head.bias") else pattern
-        for pattern in reads
+        for pattern in wanted
     ]
     names = [*weights.parameters, *(weights.buffers if protocol.send_buffers else ())]
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
@@ -61,6 +63,7 @@ def granted_facts(
         "class_prior": data.class_prior().tolist() if threat.label_prior else None,
         "wall_seconds": wall_seconds,
         "model_evaluations": model_evaluations,
+        "target": task.target,
     }
 
 

@@ -93,7 +93,7 @@ class Tiny:
             total.add(client.update(self.model, images[:, k], labels[:, k], random=random, client=k, names=names))
         return total.mean()
 
-    def knowledge(self, purpose, count=None):
+    def knowledge(self, purpose, count=None, target="labels"):
         granted = self.granted
         images, labels = digits()
         facts = Facts(
@@ -107,6 +107,7 @@ class Tiny:
             inputs_per_client=self.shape.inputs_per_client if "batch_size" in granted else None,
             class_prior=(0.1,) * 10 if "label_prior" in granted else None,
             model_evaluations=BUDGET,
+            target=target,
         )
         return {
             "facts": facts,
@@ -118,12 +119,13 @@ class Tiny:
 
     def attack(self, attack, *, update=None):
         """Prepare and run ``attack`` on the tensors it reads, as the harness does; returns the checked recovery."""
-        prepared = attack.prepare(Knowledge(**self.knowledge(2, None if self.own_models else 1)))
-        names = read_names(attack.reads, self.model, self.protocol)
+        target = "inputs" if "inputs" in type(attack).recovers else "labels"
+        prepared = attack.prepare(Knowledge(**self.knowledge(2, None if self.own_models else 1, target)))
+        names = read_names(attack.reads, self.model, self.protocol, target)
         seen = {name: value for name, value in (update or self.update()).items() if name in names}
         labels = self.victims[1] if "labels" in self.granted else None
-        observation = Observation(Seen([seen], labels=labels, prepared=prepared), **self.knowledge(3))
-        return self.shape.check(attack.run(observation), type(attack).recovers)
+        observation = Observation(Seen([seen], labels=labels, prepared=prepared), **self.knowledge(3, None, target))
+        return self.shape.check(attack.run(observation), frozenset({target}))
 
     def only(self, *trials):
         return replace(self, trials=trials)

@@ -278,10 +278,12 @@ def test_withheld_facts_are_not_handed_over():
 def test_reads_name_tensors_by_pattern():
     model = build_model(Architecture(name="mlp"), (1, 8, 8), 10, seeds=[0])
     every = list(model.parameters)
-    assert read_names(["*"], model, Protocol()) == every
-    assert read_names(["head.weight", "head.bias"], model, Protocol()) == every[-2:]
-    assert read_names(["*.bias"], model, Protocol()) == [name for name in every if name.endswith("bias")]
-    assert read_names(["nothing"], model, Protocol()) == []
+    assert read_names(["*"], model, Protocol(), "labels") == every
+    assert read_names(["head.weight", "head.bias"], model, Protocol(), "labels") == every[-2:]
+    assert read_names(["*.bias"], model, Protocol(), "labels") == [name for name in every if name.endswith("bias")]
+    assert read_names(["nothing"], model, Protocol(), "labels") == []
+    assert read_names(["labels:head.bias", "inputs:*"], model, Protocol(), "labels") == every[-1:]
+    assert read_names(["labels:head.bias", "inputs:*"], model, Protocol(), "inputs") == every
 
 
 def test_a_block_that_does_not_fit_is_refused_with_a_size_that_does(runner, job, monkeypatch):
