@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from leakbench.errors import NotGranted as NotGranted
     from leakbench.errors import UserError as UserError
     from leakbench.knowledge import Knowledge as Knowledge
-    from leakbench.knowledge import Observation as Observation
+    from leakbench.observation import Observation as Observation
     from leakbench.suites import load_suite as load_suite
     from leakbench.suites import load_task as load_task
     from leakbench.tasks import Task as Task
@@ -33,7 +33,7 @@ _HOMES = {
     "LeakbenchError": "leakbench.errors",
     "NotApplicable": "leakbench.errors",
     "NotGranted": "leakbench.errors",
-    "Observation": "leakbench.knowledge",
+    "Observation": "leakbench.observation",
     "Recovery": "leakbench.attack",
     "Task": "leakbench.tasks",
     "UserError": "leakbench.errors",

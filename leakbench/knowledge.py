@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from leakbench.defense import DefenseChain
 from leakbench.errors import NotGranted
-from leakbench.federation.client import Client, batch_order
+from leakbench.federation.client import Client
 from leakbench.federation.gradients import per_trial_gradients
+from leakbench.federation.products import per_trial_products
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.models.functional import Model
 from leakbench.randomness import TrialRandom
@@ -191,15 +191,22 @@ class Knowledge:
     # --- what the attacker can compute ----------------------------------------------------------------------------
 
     def gradients(
-        self, inputs: Tensor, labels: Tensor, *, names: Sequence[str] | None = None, create_graph: bool = True
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        names: Sequence[str] | None = None,
+        create_graph: bool = True,
+        model: Model | None = None,
     ) -> dict[str, Tensor]:
         """Undefended one-step gradient of T batches, computed as the client computes it.
 
         Args:
-            inputs: (T, B, *input_shape).
+            inputs: (T, B, *input_shape); where the weights are shared, any leading dimension will do.
             labels: (T, B), or soft (T, B, C).
             names: Parameters to differentiate; all where None.
-            create_graph: Whether the result is differentiable in inputs and labels.
+            create_graph: Whether the result is differentiable in inputs and labels (and in the weights of ``model``).
+            model: Where to take it; the model that the clients received where None.
 
         Returns:
             Gradients (T, *shape) by parameter name.
@@ -207,7 +214,7 @@ class Knowledge:
         self.evaluations += 1
         protocol = self._facts.protocol
         return per_trial_gradients(
-            self.model,
+            model or self.model,
             inputs,
             labels,
             names=names,
@@ -215,6 +222,31 @@ class Knowledge:
             reduction=protocol.reduction,
             create_graph=create_graph,
         ).tensors
+
+    def gradient_products(
+        self, inputs: Tensor, labels: Tensor, target: Mapping[str, Tensor], *, model: Model | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compare the one-step gradients g of T batches with ``target`` G without building g where that is dearer.
+
+        Args:
+            inputs: (T, B, *input_shape); where the weights are shared, any leading dimension will do.
+            labels: (T, B), or soft (T, B, C).
+            target: Parameter name to (T, *shape).
+            model: Where to take g; the model that the clients received where None.
+
+        Returns:
+            <g, G> and ||g||^2 of every tensor, (T, P) each in the order of ``target``; differentiable once.
+        """
+        self.evaluations += 1
+        protocol = self._facts.protocol
+        return per_trial_products(
+            model or self.model,
+            inputs,
+            labels,
+            target,
+            batch_norm=protocol.batch_norm,
+            reduction=protocol.reduction,
+        )
 
     def forward(self, inputs: Tensor, *, model: Model | None = None) -> tuple[Tensor, Tensor]:
         """Return logits (T, n, C) and the last layer's inputs (T, n, d), BatchNorm in the clients' mode.
@@ -227,20 +259,43 @@ class Knowledge:
             logits, features, _ = (model or self.model).run(inputs, batch_norm=self._facts.protocol.batch_norm)
         return logits, features
 
-    def simulate(self, inputs: Tensor, labels: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
+    def simulate(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        create_graph: bool = False,
+        order: Tensor | None = None,
+        defended: bool = True,
+        lr: float | None = None,
+        local_steps: int | None = None,
+        model: Model | None = None,
+    ) -> dict[str, Tensor]:
         """Run the task's own client on (T, N, ...) candidate examples; see `Client.update`.
 
-        The defense takes part, with fresh randomness, where the threat model grants it.
+        Args:
+            inputs: (T, N, *input_shape); undefended and with shared weights, any leading dimension will do.
+            labels: (T, N), or soft (T, N, C).
+            create_graph: Whether the update is differentiable in inputs and labels.
+            order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
+            defended: Whether the defense takes part, with fresh randomness, where the threat model grants it.
+            lr: A guess where the learning rate is withheld.
+            local_steps: A guess where the number of local steps is withheld.
+            model: Where the local steps start; the model that the clients received where None.
 
         Raises:
-            NotGranted: The model, the batch size, the learning rate or the number of local steps is withheld.
+            NotGranted: The model, the batch size, or what is not guessed is withheld.
         """
-        for name in ("lr", "local_steps") if self.sends != "gradient" else ():
-            self._grant(name, True)
-        self.evaluations += self._facts.protocol.local_steps
-        client = Client(self._facts.protocol, self.batch_size, self._defense or DefenseChain())
+        if self.sends != "gradient":
+            for name, guess in (("lr", lr), ("local_steps", local_steps)):
+                if guess is None:
+                    self._grant(name, True)
+        guessed = {"lr": lr, "local_steps": local_steps}
+        protocol = self._facts.protocol.model_copy(update={k: v for k, v in guessed.items() if v is not None})
+        self.evaluations += protocol.local_steps
+        client = Client(protocol, self.batch_size, (self._defense if defended else None) or DefenseChain())
         random = self._random.at("simulate", self.evaluations)
-        return client.update(self.model, inputs, labels, random=random, create_graph=create_graph)
+        return client.update(model or self.model, inputs, labels, random=random, order=order, create_graph=create_graph)
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal draws (T, *shape), slice t from trial t's own stream."""
@@ -266,121 +321,3 @@ class Knowledge:
                 f"task gives not_applicable rows, or do without. Granted: {', '.join(sorted(self._facts.granted))}"
             )
         return value
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one block of trials shows the adversary.
-
-    Args:
-        updates: One update per round, tensors (T, *shape) by name.
-        labels: (T, K, N) private labels in batch order, where granted.
-        order: (T, K, local_steps, B) batch order, where granted and not that of the examples themselves.
-        prepared: What `Attack.prepare` returned.
-        statistics: (T, channels) BatchNorm statistics of the last round, where the grant goes beyond the server's own.
-    """
-
-    updates: Sequence[Mapping[str, Tensor]]
-    labels: Tensor | None = None
-    order: Tensor | None = None
-    prepared: Mapping[str, Tensor] = field(default_factory=dict)
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Observation(Knowledge):
-    """`Knowledge` plus what the clients sent."""
-
-    def __init__(self, seen: Seen, **knowledge: Any) -> None:
-        super().__init__(**knowledge)
-        self._seen = seen
-
-    @property
-    def update(self) -> Mapping[str, Tensor]:
-        """The last round's update: tensors (T, *shape) by parameter name, restricted to what the attack `reads`."""
-        return self._seen.updates[-1]
-
-    @property
-    def updates(self) -> Sequence[Mapping[str, Tensor]]:
-        """The updates of all rounds, oldest first."""
-        return self._seen.updates
-
-    @property
-    def prepared(self) -> Mapping[str, Tensor]:
-        """What `Attack.prepare` returned."""
-        return self._seen.prepared
-
-    @property
-    def bn_statistics(self) -> Mapping[str, Tensor]:
-        """BatchNorm means and variances (M or T, channels) by buffer name; which ones, the threat model says.
-
-        ``running``: what the model that was sent out holds; ``updated_running``: what the client's local steps made of
-        it; ``exact_batch``: mean and unbiased variance of the client's first batch. Of an aggregate: the mean.
-        """
-        return self._seen.statistics or super().bn_statistics
-
-    @property
-    def labels(self) -> Tensor:
-        """(T, N) private labels; for K > 1 clients their labels one after the other."""
-        return self._grant("labels", self._seen.labels).flatten(1)
-
-    @property
-    def batch_order(self) -> Tensor:
-        """(T, K, local_steps, B) indices into a client's N examples of every local step's batch."""
-        self._grant("batch_order", True)
-        if self._seen.order is not None:
-            return self._seen.order
-        self._grant("local_steps", True)
-        order = batch_order(self._facts.protocol, self.batch_size).to(self._random.device)
-        return order.expand(self.trials, self.clients, -1, -1)
-
-    @property
-    def gradient(self) -> dict[str, Tensor]:
-        """The update in units of a gradient: itself, or the sum of the local steps' gradients under plain SGD.
-
-        Buffers that were sent are left out.
-
-        Raises:
-            NotGranted: The update is a difference of weights and the learning rate is withheld; or weights were sent,
-                or buffers, and the model is withheld.
-        """
-        buffers = self.model.buffers if self._facts.protocol.send_buffers else {}
-        update = {name: value for name, value in self.update.items() if name not in buffers}
-        if self.sends == "gradient":
-            return update
-        if self.sends == "delta":
-            return {name: value / self.lr for name, value in update.items()}
-        return {name: (self.model.parameters[name] - value) / self.lr for name, value in update.items()}
-
-    @property
-    def head_weight(self) -> Tensor:
-        """(T, C, d) `gradient` of the last linear layer's weight."""
-        return self._head("weight")
-
-    @property
-    def head_bias(self) -> Tensor:
-        """(T, C) `gradient` of the last linear layer's bias."""
-        return self._head("bias")
-
-    @property
-    def mean_head_weight(self) -> Tensor:
-        """(T, C, d) `head_weight` per local step and example: the mean loss's gradient, averaged over local steps."""
-        return self.head_weight / self._examples_per_unit
-
-    @property
-    def mean_head_bias(self) -> Tensor:
-        """(T, C) `head_bias` per local step and example: softmax minus one-hot label, averaged over all examples."""
-        return self.head_bias / self._examples_per_unit
-
-    @property
-    def _examples_per_unit(self) -> int:
-        if self._facts.protocol.reduction == "mean":
-            return self.local_steps
-        parts = () if self._defense is None else self._defense.parts
-        return self.local_steps * math.ceil(self.batch_size / math.prod(part.merges for part in parts))
-
-    def _head(self, part: str) -> Tensor:
-        name = f"{self.model.head}.{part}"
-        gradient = self.gradient
-        if name not in gradient:
-            raise NotGranted(f"{name!r} was not sent or not read; `reads` must name head.{part} (or `*`)")
-        return gradient[name]

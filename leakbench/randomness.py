@@ -40,11 +40,11 @@ class TrialRandom:
     def at(self, *names: object) -> TrialRandom:
         """Return the independent sub-streams that belong to ``names`` (any JSON values)."""
         path = json.dumps(names, separators=(",", ":")).encode()
-        child = TrialRandom.__new__(TrialRandom)
-        child._seeds = [hashlib.sha256(seed + path).digest() for seed in self._seeds]
-        child._device = self._device
-        child._streams = None
-        return child
+        return self._with([hashlib.sha256(seed + path).digest() for seed in self._seeds])
+
+    def part(self, first: int, last: int) -> TrialRandom:
+        """Return the streams of trials ``first`` to ``last`` (exclusive) from their beginning."""
+        return self._with(self._seeds[first:last])
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal float32 draws, (T, *shape)."""
@@ -66,6 +66,11 @@ class TrialRandom:
         for row, stream in zip(out, self._generators(), strict=True):
             row.random_(0, high, generator=stream)
         return out.to(self._device)
+
+    def _with(self, seeds: Sequence[bytes]) -> TrialRandom:
+        other = TrialRandom.__new__(TrialRandom)
+        other._seeds, other._device, other._streams = seeds, self._device, None
+        return other
 
     def _generators(self) -> list[torch.Generator]:
         if self._streams is None:

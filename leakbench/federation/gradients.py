@@ -144,7 +144,8 @@ def _wanted(model: Model, names: Collection[str] | None) -> tuple[str, ...]:
     return tuple(n for n in model.parameters if names is None or n in names)
 
 
-def _loss(logits: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
+def trial_loss(logits: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
+    """Return the cross-entropy (T,) of logits (T, B, C), reduced over the batch."""
     each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(0, 1), reduction="none").reshape(logits.shape[:2])
     return each.mean(1) if reduction == "mean" else each.sum(1)
 
@@ -172,7 +173,7 @@ def _of_head(
             else torch.bmm(at_logits.transpose(1, 2), features, out=out.get(n))
             for n in names
         }
-        return Gradients(tensors, _loss(logits, labels, reduction), buffers)
+        return Gradients(tensors, trial_loss(logits, labels, reduction), buffers)
 
 
 def _tapped(
@@ -187,7 +188,7 @@ def _tapped(
     tensors, losses = tapped_gradients(
         model,
         inputs,
-        lambda logits: _loss(logits, labels, reduction),
+        lambda logits: trial_loss(logits, labels, reduction),
         names,
         create_graph=create_graph,
         out=out,

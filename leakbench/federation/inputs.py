@@ -22,7 +22,11 @@ def to_inputs(images: NDArray[np.uint8], spec: InputSpec, normalise: bool) -> Te
         spec: Mean and standard deviation per channel, for values in [0, 1].
         normalise: Whether to apply them; otherwise values stay in [0, 1].
     """
-    pixels = torch.tensor(images).to(torch.float32) / 255
+    return normalised(torch.tensor(images).to(torch.float32) / 255, spec, normalise)
+
+
+def normalised(pixels: Tensor, spec: InputSpec, normalise: bool) -> Tensor:
+    """Return inputs (..., *spec.shape) for values in [0, 1]; see `to_inputs`."""
     if not normalise:
         return pixels
     mean, std = _moments(spec, pixels)

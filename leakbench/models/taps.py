@@ -7,6 +7,7 @@ grouped convolutions.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,79 @@ def can_tap(model: Model, names: Collection[str]) -> bool:
     """
     if model.draws != 1 or not isinstance(model.module, Classifier):
         return False
-    return all(_supported(model.module.get_submodule(_layer(name))) for name in names)
+    return all(_supported(model.module.get_submodule(layer_of(name))) for name in names)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What passed one layer, for T trials.
+
+    Args:
+        layer: The layer.
+        inputs: (T, B, *) what it got.
+        at_outputs: (T, B, *) gradient of the loss with respect to what it returned.
+        moments: Running mean and variance of a BatchNorm layer.
+    """
+
+    layer: nn.Module
+    inputs: Tensor
+    at_outputs: Tensor
+    moments: tuple[Tensor, ...] = ()
+
+    def gradient(self, parameter: str, out: Tensor | None = None) -> Tensor:
+        """Return the gradient (T, *shape) of ``weight`` or ``bias``."""
+        x, d = self.inputs, self.at_outputs
+        if parameter == "bias":
+            return d.flatten(3).sum(3).sum(1) if d.dim() > 3 else d.sum(1)
+        if isinstance(self.layer, nn.Linear):
+            return torch.bmm(d.transpose(1, 2), x, out=out)
+        if isinstance(self.layer, nn.Conv2d):
+            return _convolution(self.layer, x, d)
+        return _batch_norm(self.layer, x, d, *self.moments)
+
+
+def tap(
+    model: Model, inputs: Tensor, loss: Callable[[Tensor], Tensor], names: Collection[str], *, create_graph: bool
+) -> tuple[dict[str, Tap], Tensor]:
+    """Return what passed the layers of ``names``, by layer name, and losses (T,), with BatchNorm in eval mode.
+
+    Args:
+        model: One for which `can_tap` is true.
+        inputs: (T, B, *input_shape).
+        loss: Logits (T, B, C) to losses (T,).
+        names: Wanted parameters, at least one.
+        create_graph: Whether the result can be differentiated with respect to inputs and labels.
+    """
+    trials = inputs.shape[0]
+    # The weights are frozen: the backward pass stops at the first tap and computes no summed weight gradients.
+    state = {k: v[0].detach() for k, v in (model.parameters | model.buffers).items()}
+    passed: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook_of(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            passed[layer] = (args[0], output if output.requires_grad else output.requires_grad_())
+
+        return hook
+
+    layers = {layer: model.module.get_submodule(layer) for layer in dict.fromkeys(layer_of(name) for name in names)}
+    with torch.enable_grad():
+        with model.lock:
+            hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+            try:
+                logits, _, _ = model.call(state, inputs.flatten(0, 1), train=False)
+            finally:
+                for handle in hooks:
+                    handle.remove()
+        losses = loss(logits.reshape(trials, -1, logits.shape[-1]))
+        wanted_at = [output for _, output in passed.values()]
+        at = dict(zip(passed, torch.autograd.grad(losses.sum(), wanted_at, create_graph=create_graph), strict=True))
+    taps = {}
+    for name, layer in layers.items():
+        x, d = (v.reshape(trials, -1, *v.shape[1:]) for v in (passed[name][0], at[name]))
+        running = (f"{name}.running_mean", f"{name}.running_var")
+        moments = tuple(state[k] for k in running) if isinstance(layer, ExplicitBatchNorm) else ()
+        taps[name] = Tap(layer, x, d, moments)
+    return taps, losses if create_graph else losses.detach()
 
 
 def tapped_gradients(
@@ -39,7 +112,7 @@ def tapped_gradients(
     create_graph: bool = False,
     out: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return per-trial gradients, parameter name to (T, *shape), and losses (T,), with BatchNorm in eval mode.
+    """Return per-trial gradients, parameter name to (T, *shape), and losses (T,); see `tap`.
 
     Args:
         model: One for which `can_tap` is true.
@@ -50,48 +123,16 @@ def tapped_gradients(
         out: Contiguous tensors by parameter name that may be written to and returned, which spares copies; not with
             ``create_graph``.
     """
-    trials = inputs.shape[0]
-    # The weights are frozen: the backward pass stops at the first tap and computes no summed weight gradients.
-    state = {k: v[0].detach() for k, v in (model.parameters | model.buffers).items()}
-    taps: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def tap(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            taps[layer] = (args[0], output if output.requires_grad else output.requires_grad_())
-
-        return hook
-
-    with torch.enable_grad():
-        with model.lock:
-            layers = dict.fromkeys(_layer(name) for name in names)
-            hooks = [model.module.get_submodule(layer).register_forward_hook(tap(layer)) for layer in layers]
-            try:
-                logits, _, _ = model.call(state, inputs.flatten(0, 1), train=False)
-            finally:
-                for handle in hooks:
-                    handle.remove()
-        losses = loss(logits.reshape(trials, -1, logits.shape[-1]))
-        wanted_at = [output for _, output in taps.values()]
-        at = dict(zip(taps, torch.autograd.grad(losses.sum(), wanted_at, create_graph=create_graph), strict=True))
-    gradients: dict[str, Tensor] = {}
+    taps, losses = tap(model, inputs, loss, names, create_graph=create_graph)
     with torch.set_grad_enabled(create_graph):
-        for name in names:
-            layer = _layer(name)
-            x = taps[layer][0].reshape(trials, -1, *taps[layer][0].shape[1:])
-            d = at[layer].reshape(trials, -1, *at[layer].shape[1:])
-            if name.endswith(".bias"):
-                gradients[name] = d.flatten(3).sum(3).sum(1) if d.dim() > 3 else d.sum(1)
-            elif isinstance(module := model.module.get_submodule(layer), nn.Linear):
-                gradients[name] = torch.bmm(d.transpose(1, 2), x, out=(out or {}).get(name))
-            elif isinstance(module, nn.Conv2d):
-                gradients[name] = _convolution(module, x, d)
-            else:
-                running = (state[f"{layer}.running_mean"], state[f"{layer}.running_var"])
-                gradients[name] = _batch_norm(module, x, d, *running)
-    return gradients, losses if create_graph else losses.detach()
+        gradients = {
+            name: taps[layer_of(name)].gradient(name.rpartition(".")[2], (out or {}).get(name)) for name in names
+        }
+    return gradients, losses
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
+    """Return the layer that a parameter belongs to."""
     return name.rpartition(".")[0]
 
 

@@ -23,9 +23,10 @@ from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client, ClientState
 from leakbench.federation.inputs import to_inputs
 from leakbench.federation.statistics import batch_statistics, is_running_statistic
-from leakbench.knowledge import Facts, Knowledge, Observation, Seen
+from leakbench.knowledge import Facts, Knowledge
 from leakbench.models.functional import Model, build_model
 from leakbench.models.recipe import train
+from leakbench.observation import Observation, Seen
 from leakbench.randomness import TrialRandom
 from leakbench.runner.loading import Local, describe, error_line, load_chain, load_entry
 from leakbench.runner.wire import Blob, ConnectionClosed, Message, receive, send

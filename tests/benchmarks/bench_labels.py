@@ -26,8 +26,9 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from leakbench import Attack, Knowledge, Observation
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts, Seen
+from leakbench.knowledge import Facts
 from leakbench.models.functional import Model, build_model
+from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
 

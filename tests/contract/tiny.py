@@ -17,8 +17,9 @@ from leakbench.attack import RecoveryShape
 from leakbench.defense import DefenseChain
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts, Seen
+from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
+from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.runner.grant import read_names
 from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel

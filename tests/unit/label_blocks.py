@@ -13,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Attack, Knowledge, Observation
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts, Seen
+from leakbench.knowledge import Facts
 from leakbench.models.functional import Model, build_model
+from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
 

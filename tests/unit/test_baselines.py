@@ -19,8 +19,9 @@ from torch.distributions import Normal
 
 from leakbench import DefenseContext, Knowledge, Observation, UserError
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts, Seen
+from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
+from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
 

@@ -10,7 +10,8 @@ from leakbench.attack import NEEDS
 from leakbench.defense import DefenseChain
 from leakbench.errors import InvalidOutput
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts, Knowledge, Observation, Seen
+from leakbench.knowledge import Facts, Knowledge
+from leakbench.observation import Observation, Seen
 from leakbench.tasks import InputSpec, Protocol, ThreatModel
 
 SPEC = InputSpec(shape=(1, 3, 3), mean=(0.25,), std=(0.5,))

@@ -1,0 +1,159 @@
+"""What an attack sees: `Knowledge` plus what the clients sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from leakbench.errors import NotGranted
+from leakbench.federation.client import batch_order
+from leakbench.knowledge import Knowledge
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one block of trials shows the adversary.
+
+    Args:
+        updates: One update per round, tensors (T, *shape) by name.
+        labels: (T, K, N) private labels in batch order, where granted.
+        order: (T, K, local_steps, B) batch order, where granted and not that of the examples themselves.
+        prepared: What `Attack.prepare` returned.
+        statistics: (T, channels) BatchNorm statistics of the last round, where the grant goes beyond the server's own.
+    """
+
+    updates: Sequence[Mapping[str, Tensor]]
+    labels: Tensor | None = None
+    order: Tensor | None = None
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Observation(Knowledge):
+    """`Knowledge` plus what the clients sent."""
+
+    def __init__(self, seen: Seen, **knowledge: Any) -> None:
+        super().__init__(**knowledge)
+        self._seen = seen
+
+    def block(self, first: int, last: int) -> Observation:
+        """Return what is seen of trials ``first`` to ``last`` (exclusive), with fresh streams of the same trials.
+
+        What is drawn from it does not depend on the block's other trials, so work may be cut to fit the memory.
+        """
+        part = slice(first, last)
+
+        def cut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[part] for name, value in tensors.items()}
+
+        seen = self._seen
+        return Observation(
+            Seen(
+                [cut(update) for update in seen.updates],
+                labels=None if seen.labels is None else seen.labels[part],
+                order=None if seen.order is None else seen.order[part],
+                prepared=seen.prepared,
+                statistics=cut(seen.statistics),
+            ),
+            facts=self._facts,
+            random=self._random.part(first, last),
+            model=None if self._model is None else self._model.trials(first, last),
+            auxiliary=self._auxiliary,
+            defense=self._defense,
+            report=self._report,
+        )
+
+    @property
+    def update(self) -> Mapping[str, Tensor]:
+        """The last round's update: tensors (T, *shape) by parameter name, restricted to what the attack `reads`."""
+        return self._seen.updates[-1]
+
+    @property
+    def updates(self) -> Sequence[Mapping[str, Tensor]]:
+        """The updates of all rounds, oldest first."""
+        return self._seen.updates
+
+    @property
+    def prepared(self) -> Mapping[str, Tensor]:
+        """What `Attack.prepare` returned."""
+        return self._seen.prepared
+
+    @property
+    def bn_statistics(self) -> Mapping[str, Tensor]:
+        """BatchNorm means and variances (M or T, channels) by buffer name; which ones, the threat model says.
+
+        ``running``: what the model that was sent out holds; ``updated_running``: what the client's local steps made of
+        it; ``exact_batch``: mean and unbiased variance of the client's first batch. Of an aggregate: the mean.
+        """
+        return self._seen.statistics or super().bn_statistics
+
+    @property
+    def labels(self) -> Tensor:
+        """(T, N) private labels; for K > 1 clients their labels one after the other."""
+        return self._grant("labels", self._seen.labels).flatten(1)
+
+    @property
+    def batch_order(self) -> Tensor:
+        """(T, K, local_steps, B) indices into a client's N examples of every local step's batch."""
+        self._grant("batch_order", True)
+        if self._seen.order is not None:
+            return self._seen.order
+        self._grant("local_steps", True)
+        order = batch_order(self._facts.protocol, self.batch_size).to(self._random.device)
+        return order.expand(self.trials, self.clients, -1, -1)
+
+    @property
+    def gradient(self) -> dict[str, Tensor]:
+        """The update in units of a gradient: itself, or the sum of the local steps' gradients under plain SGD.
+
+        Buffers that were sent are left out.
+
+        Raises:
+            NotGranted: The update is a difference of weights and the learning rate is withheld; or weights were sent,
+                or buffers, and the model is withheld.
+        """
+        buffers = self.model.buffers if self._facts.protocol.send_buffers else {}
+        update = {name: value for name, value in self.update.items() if name not in buffers}
+        if self.sends == "gradient":
+            return update
+        if self.sends == "delta":
+            return {name: value / self.lr for name, value in update.items()}
+        return {name: (self.model.parameters[name] - value) / self.lr for name, value in update.items()}
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(T, C, d) `gradient` of the last linear layer's weight."""
+        return self._head("weight")
+
+    @property
+    def head_bias(self) -> Tensor:
+        """(T, C) `gradient` of the last linear layer's bias."""
+        return self._head("bias")
+
+    @property
+    def mean_head_weight(self) -> Tensor:
+        """(T, C, d) `head_weight` per local step and example: the mean loss's gradient, averaged over local steps."""
+        return self.head_weight / self._examples_per_unit
+
+    @property
+    def mean_head_bias(self) -> Tensor:
+        """(T, C) `head_bias` per local step and example: softmax minus one-hot label, averaged over all examples."""
+        return self.head_bias / self._examples_per_unit
+
+    @property
+    def _examples_per_unit(self) -> int:
+        if self._facts.protocol.reduction == "mean":
+            return self.local_steps
+        parts = () if self._defense is None else self._defense.parts
+        return self.local_steps * math.ceil(self.batch_size / math.prod(part.merges for part in parts))
+
+    def _head(self, part: str) -> Tensor:
+        name = f"{self.model.head}.{part}"
+        gradient = self.gradient
+        if name not in gradient:
+            raise NotGranted(f"{name!r} was not sent or not read; `reads` must name head.{part} (or `*`)")
+        return gradient[name]
