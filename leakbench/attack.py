@@ -12,8 +12,9 @@ from torch import Tensor
 
 from leakbench.entry import Entry
 from leakbench.errors import InvalidOutput
-from leakbench.knowledge import Knowledge, Observation
+from leakbench.knowledge import Knowledge
 from leakbench.models.functional import Model
+from leakbench.observation import Observation
 
 TRACE_LIMIT = 200
 """Most entries of a visible-loss trace."""
@@ -185,6 +186,8 @@ class Attack(Entry, ABC):
     """What it claims: ``labels``, ``inputs``."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names out of `NEEDS`; a task that lacks one gives ``not_applicable`` rows."""
+    exact: ClassVar[bool] = False
+    """Whether the inputs it returns are meant to be exact: ``recovered`` then takes 40 dB instead of 20."""
     reads: ClassVar[tuple[str, ...]] = ("*",)
     """Update tensors it reads: names, patterns, or ``head.weight`` / ``head.bias`` for the last linear layer.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KINDS = ("attacks", "defenses", "datasets", "architectures", "suites", "metrics")
 """What can be listed."""
 
-NEUTRAL = {"merges": 1}
+NEUTRAL = {"merges": 1, "exact": False}
 """Values that say nothing of an entry."""
 
 

@@ -60,6 +60,8 @@ class Description(Part):
     """Attack: grants and facts of the task it cannot do without."""
     recovers: tuple[str, ...] = ()
     """Attack: targets it claims."""
+    exact: bool = False
+    """Attack: whether the inputs it returns are meant to be exact."""
     reads: tuple[str, ...] = ()
     """Attack: update tensors it uses."""
     prepares: bool = False

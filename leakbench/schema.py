@@ -15,10 +15,10 @@ import pyarrow as pa
 from leakbench.metrics import METRICS
 from leakbench.tasks import Task
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when a column is added, removed, renamed or changes its type."""
 
-BENCHMARK_VERSION = "0.2"
+BENCHMARK_VERSION = "0.3"
 """MAJOR.MINOR; raised when a task, the client, a metric, a chance level or the scoring can move a number."""
 
 STATUSES = ("ok", "error", "timeout", "oom", "invalid", "not_applicable", "unavailable")
@@ -151,6 +151,8 @@ ROW_FIELDS: tuple[Field, ...] = (
         )
         for spec in METRICS.values()
     ),
+    Field("feature_checkpoint", _TEXT, "Architecture:sha256 of the net behind feature_distance", nullable=True),
+    Field("identification_gallery", _INT, "Images that identification_rank orders", nullable=True),
     Field("visible_loss", _FLOAT, "The attack's own final objective, self-reported, never scored", nullable=True),
     Field("model_evaluations", _INT, "Gradient evaluations of the attack, per trial", nullable=True),
     Field("wall_seconds", _FLOAT, "Attack: wall seconds of the job divided by its trials", nullable=True),

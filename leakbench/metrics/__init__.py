@@ -18,7 +18,8 @@ class MetricSpec:
         name: Name of the row column.
         target: What the attack recovers.
         higher_is_better: For the attack.
-        unit: ``1`` for a fraction, ``dB``, ``intensity^2`` (intensities are in [0, 1]).
+        unit: ``1`` for a fraction or a distance without unit, ``dB``, ``intensity^2`` (intensities are in [0, 1]),
+            ``position`` (from 1).
         description: Formula; n_c is the true and m_c the recovered count of class c, N and M their sums.
         source: Who defined or first reported it.
         headline: Whether boards rank by it; one per target.
@@ -79,11 +80,48 @@ METRICS: dict[str, MetricSpec] = {
         ),
         MetricSpec("mse", "inputs", False, "intensity^2", "mean squared error of intensities in [0, 1]", "standard"),
         MetricSpec(
+            "lpips",
+            "inputs",
+            False,
+            "1",
+            "LPIPS with AlexNet, inputs in [-1, 1]; null below 31 pixels a side, and where torchvision's AlexNet "
+            "weights are not in torch's cache (nothing is downloaded)",
+            "Zhang et al. 2018, arXiv 1801.03924",
+        ),
+        MetricSpec(
+            "feature_distance",
+            "inputs",
+            False,
+            "1",
+            "1 - cosine of the last layer's inputs in the net that `feature_checkpoint` names: trained on the dataset "
+            "(stage converged, draw 0), of another architecture than the task's; null where no such checkpoint is "
+            "official or in the cache (none is trained for it)",
+            "leakbench",
+        ),
+        MetricSpec(
+            "identification_rank",
+            "inputs",
+            False,
+            "position",
+            "1 + number of gallery images that are nearer (pixel L2) to the recovered image than the true one, mean "
+            "over the images; gallery: the first 1,000 images of the private split, of any label, and the victims",
+            "standard",
+        ),
+        MetricSpec(
+            "identified",
+            "inputs",
+            True,
+            "1",
+            "share of images with identification rank 1; IIP without its restriction to images of the true label",
+            "Yin et al. 2021, arXiv 2104.07586",
+        ),
+        MetricSpec(
             "recovered",
             "inputs",
             True,
             "1",
-            "share of images with PSNR of at least 20 dB and at least 6 dB above that image's best floor",
+            "share of images with PSNR of at least 20 dB (40 dB for an attack that declares itself exact) and at least "
+            "6 dB above that image's best floor",
             "leakbench",
         ),
     )

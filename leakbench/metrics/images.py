@@ -6,7 +6,7 @@ images are first assigned to true ones, once, and every metric reuses that assig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from leakbench.errors import InvalidOutput
+from leakbench.metrics import METRICS
 
 PSNR_CAP = 120.0
 """PSNR of an exact image, dB."""
@@ -24,8 +25,14 @@ GREY = 0.5
 RECOVERED_DB = 20.0
 """Least PSNR of a recovered image."""
 
+EXACT_DB = 40.0
+"""The same for an attack that declares itself exact."""
+
 RECOVERED_GAIN_DB = 6.0
 """Least gain of a recovered image over that image's best floor."""
+
+Measure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+"""From matched and true images to (T, N) float64 values by metric; nothing for a metric that cannot be had here."""
 
 
 def match(recovered: Tensor, true: Tensor) -> Tensor:
@@ -88,7 +95,19 @@ def ssim(matched: Tensor, true: Tensor) -> Tensor:
     return torch.stack(values)
 
 
-def score_images(recovered: Tensor, true: Tensor, floors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pixelwise(matched: Tensor, true: Tensor) -> dict[str, Tensor]:
+    """Return the metrics that need nothing but the images: ``psnr``, ``ssim`` and ``mse``."""
+    return {"psnr": psnr(matched, true), "ssim": ssim(matched, true), "mse": mse(matched, true)}
+
+
+def score_images(
+    recovered: Tensor,
+    true: Tensor,
+    floors: Mapping[str, Tensor],
+    *,
+    exact: bool = False,
+    measures: Sequence[Measure] = (),
+) -> dict[str, Tensor]:
     """Score recovered images with every image metric, and the floors with the same.
 
     Args:
@@ -96,33 +115,38 @@ def score_images(recovered: Tensor, true: Tensor, floors: Mapping[str, Tensor]) 
         true: (T, N, *) intensities.
         floors: What knows nothing of the update, by name (random image, mean image, ...): (T, N, *), or with 1 for T
             or N where the same image serves all.
+        exact: Whether the attack claims exact images, which raises the bar of ``recovered``.
+        measures: Metrics besides `pixelwise`.
 
     Returns:
-        (T,) float64 per metric: ``psnr`` (dB), ``ssim``, ``mse``, ``recovered``, and for each ``*_floor``, the best
-        value that any of the floors reaches in that trial.
+        (T,) float64 per metric: those of the measures and ``recovered``, and for each ``*_floor``, the best value that
+        any of the floors reaches in that trial.
 
     Raises:
         InvalidOutput: More images than true ones, or images of another shape.
     """
+
+    def measured(images: Tensor) -> dict[str, Tensor]:
+        matched = match(images, true)
+        return {name: value for measure in (pixelwise, *measures) for name, value in measure(matched, true).items()}
+
     true = true.clamp(0, 1)
-    best = match(recovered.clamp(0, 1), true)
-    floor_images = [match(floor.clamp(0, 1).to(true).expand_as(true), true) for floor in floors.values()]
-    psnrs = psnr(best, true)
-    enough = torch.full_like(psnrs, RECOVERED_DB)
-    scores = {"psnr": psnrs, "ssim": ssim(best, true), "mse": mse(best, true)}
-    if floor_images:
-        floor_psnrs = torch.stack([psnr(image, true) for image in floor_images])
-        enough = torch.maximum(enough, floor_psnrs.amax(dim=0) + RECOVERED_GAIN_DB)
-        scores["psnr_floor"] = _best(floor_psnrs)
-        scores["ssim_floor"] = _best(torch.stack([ssim(image, true) for image in floor_images]))
-        scores["mse_floor"] = -_best(-torch.stack([mse(image, true) for image in floor_images]))
+    scores = measured(recovered.clamp(0, 1))
+    floored = [measured(floor.clamp(0, 1).to(true).expand_as(true)) for floor in floors.values()]
+    enough = torch.full_like(scores["psnr"], EXACT_DB if exact else RECOVERED_DB)
+    if floored:
+        enough = torch.stack([enough, *(floor["psnr"] + RECOVERED_GAIN_DB for floor in floored)]).amax(dim=0)
+    scores["recovered"] = (scores["psnr"] >= enough).double()
+    if floored:
+        values = {name: torch.stack([floor[name] for floor in floored]) for name in floored[0]}
+        best = {METRICS[name].reference: _best(every, METRICS[name].higher_is_better) for name, every in values.items()}
         # No floor is above the best floor.
-        scores["recovered_floor"] = torch.zeros_like(psnrs)
-    scores["recovered"] = (psnrs >= enough).double()
+        scores |= {**best, METRICS["recovered"].reference: torch.zeros_like(enough)}
     return {name: values.mean(dim=1) for name, values in scores.items()}
 
 
-def _best(values: Tensor) -> Tensor:
-    """Return, for floors x T x N values, those of the floor whose trial mean is highest, (T, N)."""
-    winner = values.mean(dim=2).argmax(dim=0)
+def _best(values: Tensor, higher_is_better: bool) -> Tensor:
+    """Return, for floors x T x N values, those of the floor whose trial mean is best, (T, N)."""
+    means = values.mean(dim=2)
+    winner = means.argmax(dim=0) if higher_is_better else means.argmin(dim=0)
     return values[winner, torch.arange(values.shape[1])]

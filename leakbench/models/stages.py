@@ -104,6 +104,18 @@ def checkpoint(
     return found
 
 
+def checkpoint_at_hand(
+    architecture: Architecture, dataset: TrainingData, stage: str, draw: int, *, normalise: bool
+) -> Checkpoint | None:
+    """Return the weights of a trained stage if they are official or in the cache; nothing is trained.
+
+    Raises:
+        UserError: An official file is not the one that tasks.lock pins.
+    """
+    key = checkpoint_key(architecture, dataset, draw, normalise)
+    return _official(key, stage) or _cached(cache_dir() / "checkpoints", key, stage)
+
+
 def checkpoint_key(architecture: Architecture, dataset: TrainingData, draw: int, normalise: bool) -> str:
     """Return the hash of everything that determines the training run of a draw."""
     return content_hash(

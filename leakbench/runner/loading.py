@@ -129,6 +129,7 @@ def describe_class(cls: type[Entry], kind: str, name: str) -> dict[str, Any]:
         described |= {
             "recovers": sorted(recovers),
             "needs": sorted(needs),
+            "exact": bool(cls.exact),
             "reads": list(cls.reads),
             "prepares": cls.prepare is not Attack.prepare,
             "plants": cls.plant is not Attack.plant,

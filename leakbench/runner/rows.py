@@ -14,14 +14,14 @@ from torch import Tensor
 from leakbench.attack import Recovery
 from leakbench.data import Victims, decoder_versions
 from leakbench.entries import EntrySpec, chain_label
-from leakbench.federation.inputs import to_inputs
 from leakbench.metrics import METRICS
-from leakbench.metrics.images import score_images
+from leakbench.metrics.images import Measure, score_images
 from leakbench.metrics.labels import score_labels
+from leakbench.metrics.perceptual import lpips
 from leakbench.results import blank_row, task_columns
 from leakbench.runner.children import one_line
 from leakbench.runner.plan import Job
-from leakbench.runner.scene import Scenes, Weights, pixels
+from leakbench.runner.scene import Scenes, Weights, pixels, true_pixels
 
 
 @dataclass
@@ -106,7 +106,14 @@ def job_rows(
         counts = _counts(victims, data.num_classes)
         columns["distinct_labels"] = (counts.sum(1) > 0).sum(1).tolist()
         columns["max_label_count"] = counts.sum(1).amax(1).tolist()
-        scores = _scores(job, outcome.recovery, scenes, victims, counts)
+        if job.task.target == "labels":
+            scores = _label_scores(job, outcome.recovery, scenes, counts)
+        else:
+            identification, judge = scenes.identification(job.task, victims), scenes.judge(job.task)
+            columns["identification_gallery"] = identification.sizes
+            fixed["feature_checkpoint"] = None if judge is None else judge.name
+            measures: list[Measure] = [lpips, identification, *(() if judge is None else (judge.distance,))]
+            scores = _image_scores(job, outcome.recovery, scenes, victims, measures)
         columns |= {name: values.tolist() for name, values in scores.items()}
     recovery = outcome.recovery
     if recovery is not None:
@@ -136,21 +143,22 @@ def _counts(victims: Victims, classes: int) -> Tensor:
     return torch.nn.functional.one_hot(labels, classes).sum(2)
 
 
-def _scores(job: Job, recovery: Recovery | None, scenes: Scenes, victims: Victims, counts: Tensor) -> dict[str, Tensor]:
-    """Return the metrics of the task's target and their chance levels or floors, (T,) each."""
-    task = job.task
-    if task.target == "labels":
-        claim = None if recovery is None else recovery.label_counts
-        # Without a claim the union counts: its chance level is the higher one.
-        levels = scenes.chance(task, union=claim is None or claim.shape[1] == 1)
-        scores = {f"{n}_chance": torch.full((len(counts),), level) for n, level in levels.items()}
-        if claim is not None:
-            scores |= score_labels(counts, claim)
-        return scores
-    data = scenes.dataset(task)
-    true = pixels(to_inputs(victims.inputs, data.input_spec, task.normalise), task, data).flatten(1, 2)
-    floors = scenes.floors(task, job.trials)
+def _label_scores(job: Job, recovery: Recovery | None, scenes: Scenes, counts: Tensor) -> dict[str, Tensor]:
+    """Return the label metrics and their chance levels, (T,) each; without a claim the latter only."""
+    claim = None if recovery is None else recovery.label_counts
+    # Without a claim the union counts: its chance level is the higher one.
+    levels = scenes.chance(job.task, union=claim is None or claim.shape[1] == 1)
+    scores = {f"{n}_chance": torch.full((len(counts),), level) for n, level in levels.items()}
+    return scores if claim is None else scores | score_labels(counts, claim)
+
+
+def _image_scores(
+    job: Job, recovery: Recovery | None, scenes: Scenes, victims: Victims, measures: Sequence[Measure]
+) -> dict[str, Tensor]:
+    """Return the image metrics and their floors, (T,) each; without a claim the latter only."""
+    data, exact = scenes.dataset(job.task), job.attack.description.exact
+    true, floors = true_pixels(job.task, victims, data), scenes.floors(job.task, job.trials)
     if recovery is not None and recovery.inputs is not None:
-        return score_images(pixels(recovery.inputs, task, data), true, floors)
-    floored = score_images(floors["mean_image"].expand_as(true), true, floors)
-    return {name: values for name, values in floored.items() if name not in METRICS}
+        return score_images(pixels(recovery.inputs, job.task, data), true, floors, exact=exact, measures=measures)
+    scores = score_images(floors["mean_image"].expand_as(true), true, floors, measures=measures)
+    return {name: values for name, values in scores.items() if name not in METRICS}

@@ -17,15 +17,39 @@ from torch import Tensor
 
 from leakbench.data import Dataset, Victims, draw_label_counts, draw_victims, load_dataset
 from leakbench.errors import Unavailable
-from leakbench.federation.inputs import to_pixels
+from leakbench.federation.inputs import to_inputs, to_pixels
 from leakbench.keys import PUBLIC_KEY, Season, derive, seed
 from leakbench.metrics.chance import CHANCE_DRAWS, label_chance
+from leakbench.metrics.identification import GALLERY, Identification
+from leakbench.metrics.perceptual import FeatureDistance
 from leakbench.models.functional import build_model, flat_state, split_state
-from leakbench.models.stages import DRAWS, checkpoint
+from leakbench.models.stages import DRAWS, checkpoint, checkpoint_at_hand
 from leakbench.runner.wire import Blob
-from leakbench.tasks import Task
+from leakbench.tasks import Architecture, Task
 
 V = TypeVar("V")
+
+JUDGES = (
+    Architecture(name="resnet20"),
+    Architecture(name="convnet"),
+    Architecture(name="lenet5"),
+    Architecture(name="lenet_zhu", init="uniform(0.5)"),
+    Architecture(name="mlp"),
+)
+"""Nets whose features may judge images, in order of preference."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained net that compares images by its features.
+
+    Args:
+        name: Architecture label and sha256 of the weights.
+        distance: The measure.
+    """
+
+    name: str
+    distance: FeatureDistance
 
 
 @dataclass(frozen=True)
@@ -131,6 +155,7 @@ class Scenes:
         self._weights = Kept(4)
         self._chances = Kept(256)
         self._means = Kept(16)
+        self._judges = Kept(16)
 
     def dataset(self, task: Task) -> Dataset:
         """Return the task's dataset."""
@@ -278,6 +303,26 @@ class Scenes:
 
         return {"random_image": noise, "mean_image": self._means.get(data.fingerprint, mean)}
 
+    def identification(self, task: Task, victims: Victims) -> Identification:
+        """Return the measure that looks for the victims among the first examples of the private split."""
+        data = self.dataset(task)
+        rows = data.rows("private")[:GALLERY]
+        return Identification(data.images[rows], rows, victims.indices.reshape(len(victims.indices), -1))
+
+    def judge(self, task: Task) -> Judge | None:
+        """Return the first of `JUDGES` of another architecture whose converged weights are at hand; looks once."""
+        data = self.dataset(task)
+
+        def find() -> Judge | None:
+            for net in (net for net in JUDGES if net.name != task.architecture.name):
+                found = checkpoint_at_hand(net, data, "converged", 0, normalise=True)
+                if found is not None:
+                    model = build_model(net, data.input_spec.shape, data.num_classes, state=found.tensors)
+                    return Judge(f"{net.label}:{found.sha256}", FeatureDistance(model, data.input_spec, normalise=True))
+            return None
+
+        return self._judges.get((data.fingerprint, task.architecture.name), find)
+
     def auxiliary(self, task: Task) -> dict[str, Tensor]:
         """Return the examples the attacker owns: the first ones of the auxiliary split in a fixed public order."""
         data = self.dataset(task)
@@ -288,6 +333,11 @@ class Scenes:
 def pixels(inputs: Tensor, task: Task, data: Dataset) -> Tensor:
     """Return inputs as intensities in [0, 1]."""
     return to_pixels(inputs, data.input_spec, task.normalise)
+
+
+def true_pixels(task: Task, victims: Victims, data: Dataset) -> Tensor:
+    """Return the victims as intensities (T, K * N, *shape), gone the way that what is recovered goes."""
+    return pixels(to_inputs(victims.inputs, data.input_spec, task.normalise), task, data).flatten(1, 2)
 
 
 def _hashes(tensors: dict[str, Tensor], draws: int) -> tuple[str, ...]:
