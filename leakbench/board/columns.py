@@ -90,8 +90,17 @@ class Cell:
         return np.where(scored, values, self.reference(spec))
 
     def mean(self, spec: MetricSpec) -> float:
-        """Return the mean value of any metric; NaN for those of another target."""
-        return float(self.values(spec).mean()) if len(self.tried) and spec.target == self.keys["target"] else np.nan
+        """Return the mean value of any metric; NaN for those of another target.
+
+        Trials where it could not be had, for want of a net's weights, have neither value nor reference: they are left
+        out, since counting them would make the mean depend on the machine.
+        """
+        if spec.target != self.keys["target"]:
+            return np.nan
+        ok = self.tried["status"] == "ok"
+        missing = (ok & self.tried[spec.name].isna() & self.tried[spec.reference].isna()).to_numpy()
+        values = self.values(spec)[~missing]
+        return float(values.mean()) if len(values) else np.nan
 
     @cached_property
     def score(self) -> Interval:

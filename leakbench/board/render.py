@@ -35,11 +35,13 @@ class ViewColumn:
         title: Its heading; ``{metric}`` and ``{reference}`` are filled in.
         text: What it shows of a cell.
         right: Whether it is aligned to the right.
+        needs: Column of the board without which it is not shown.
     """
 
     title: str
     text: Callable[[Line], str]
     right: bool = True
+    needs: str | None = None
 
 
 def _number(value: float, target: str) -> str:
@@ -69,6 +71,7 @@ VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("attack", lambda c: c["attack_short"], right=False),
     ViewColumn("{metric}", _interval),
     ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
+    ViewColumn("empty", lambda c: _number(c["empty"], c["target"]), needs="empty"),
     ViewColumn("{edge}", _edge),
     ViewColumn("group", _tie),
     ViewColumn("trials", _trials),
@@ -83,12 +86,14 @@ class Table:
 
     Args:
         title: The task and what was compared.
-        header: Headings, one per entry of `VIEW`.
-        lines: Defense, and text per entry of `VIEW`.
+        columns: Those of `VIEW` (or `LANE_VIEW`) that are shown.
+        header: Their headings.
+        lines: Defense (or attack), and text per column.
         caption: What the reader has to know.
     """
 
     title: str
+    columns: list[ViewColumn]
     header: list[str]
     lines: list[tuple[str, list[str]]]
     caption: str
@@ -159,12 +164,15 @@ def tables(board: pd.DataFrame) -> Iterator[Table]:
         if not pd.isna(first["checkpoint"]):
             where.append(f"weights {first['checkpoint']}")
         detectable = task["detectable"].median()
+        columns = [column for column in VIEW if column.needs is None or task[column.needs].notna().any()]
         yield Table(
             title=f"{first['task']}  ({', '.join(where)})",
-            header=[column.title.format(**names) for column in VIEW],
-            lines=[(c["defense_short"], [column.text(c) for column in VIEW]) for c in task.to_dict("records")],
+            columns=columns,
+            header=[column.title.format(**names) for column in columns],
+            lines=[(c["defense_short"], [column.text(c) for column in columns]) for c in task.to_dict("records")],
             caption=f"{CONFIDENCE:.0%} bootstrap intervals over trials; a failed trial counts as {names['reference']}; "
             "attacks of one group cannot be told apart; ms: milliseconds per trial"
+            + ("; empty: the same attack on an update that carries nothing" if task["empty"].notna().any() else "")
             + (f"; detectable difference about {detectable:.2g}" if detectable > 0 else ""),
         )
 
@@ -196,15 +204,15 @@ def terminal(board: pd.DataFrame, lanes: pd.DataFrame | None = None, console: Co
     for table in tables(board):
         console.print("", Text(table.title, style="bold"), sep="\n")
         every = [table.header, *(texts for _, texts in table.lines)]
-        widths = [max(len(texts[i]) for texts in every) for i in range(len(VIEW))]
+        widths = [max(len(texts[i]) for texts in every) for i in range(len(table.columns))]
         # The defense is a line of its own and its attacks a table of the common widths, so that all fits 80 columns.
         for number, (defense, lines) in enumerate(groupby(table.lines, key=lambda line: line[0])):
             part = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
             part.show_header = number == 0
-            for heading, width, column in zip(table.header, widths, VIEW, strict=True):
+            for heading, width, column in zip(table.header, widths, table.columns, strict=True):
                 justify: Literal["left", "right"] = "right" if column.right else "left"
                 part.add_column(
-                    Text(heading), justify=justify, overflow="fold", no_wrap=column.right, min_width=min(width, 24)
+                    Text(heading), justify=justify, overflow="fold", no_wrap=column.right, min_width=min(width, 17)
                 )
             for _, texts in lines:
                 part.add_row(*map(Text, texts))
@@ -229,6 +237,7 @@ def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
         for stage in stages:
             yield Table(
                 title=f"{shown.format(stage)}  (season {season}, undefended)",
+                columns=list(LANE_VIEW),
                 header=[column.title.format(**_names(target)) for column in LANE_VIEW],
                 lines=[
                     (line["short"], [column.text(line) for column in LANE_VIEW])
@@ -268,7 +277,7 @@ def markdown(board: pd.DataFrame, lanes: pd.DataFrame | None = None) -> str:
         rows += [[attack, *texts] for attack, texts in lane.lines]
         parts.append(_section(lane, rows))
     for table in tables(board):
-        rule = ["---", *("---:" if column.right else "---" for column in VIEW)]
+        rule = ["---", *("---:" if column.right else "---" for column in table.columns)]
         rows = [["defense", *table.header], rule, *([defense, *texts] for defense, texts in table.lines)]
         parts.append(_section(table, rows))
     return "\n\n".join(part for part in parts if part) + "\n"

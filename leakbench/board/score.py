@@ -14,8 +14,11 @@ from leakbench.board.stats import detectable_difference, rank_groups
 TABLE_COLUMNS = {
     "rank_group": "1 for the best attack on this task and defense and those that cannot be told from it, and so on",
     "detectable": "difference between two attacks of the table that its trials detect (80% power, 5% level)",
+    "empty": "inputs: mean of the same attack on an update that carries nothing (defense null_update)",
 }
-"""Columns that compare the cells of one (task, defense)."""
+"""Columns that depend on other cells of the task: the first two on those of the same defense."""
+
+_NOTHING = "null_update"
 
 
 def cells(rows: pd.DataFrame) -> pd.DataFrame:
@@ -45,6 +48,9 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
         names = [members[0].keys[k] for k in (*TASK_KEYS, *DEFENSE_KEYS)]
         frame.loc[table.index, "rank_group"] = rank_groups(entries, *names)
         frame.loc[table.index, "detectable"] = detectable_difference(entries)
+    carries_nothing = (frame["defense"] == _NOTHING) & (frame["target"] == "inputs")
+    same_attack = group_ids(frame, (*TASK_KEYS, *ATTACK_KEYS))
+    frame["empty"] = frame["mean"].where(carries_nothing).groupby(same_attack).transform("max")
     return frame.drop(columns="_cell")
 
 

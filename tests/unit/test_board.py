@@ -107,6 +107,43 @@ def test_cells_that_could_not_be_tried_are_listed_without_numbers(status):
     assert cell[list(METRICS)].isna().all()
 
 
+def test_an_image_cell_says_what_the_attack_makes_of_an_update_that_carries_nothing():
+    rows = frame(
+        make([20.0] * 3, "a", task=INPUTS, reference=11.0),
+        make([12.0, None, 10.0], "a", task=INPUTS, reference=11.0, defense="null_update"),
+        make([21.0] * 3, "b", task=INPUTS, reference=11.0),
+        make([0.5] * 3, "a"),
+        make([0.2] * 3, "a", defense="null_update"),
+    )
+    board = cells(rows).set_index(["target", "attack", "defense"])["empty"]
+    assert board["inputs", "a", "none"] == board["inputs", "a", "null_update"] == pytest.approx(11)
+    assert np.isnan(board["inputs", "b", "none"])
+    assert board["labels"].isna().all()
+    labels, inputs = sorted(render.tables(cells(rows)), key=lambda table: "empty" in table.header)
+    assert "empty" not in labels.header + labels.caption.split()
+    assert [texts[inputs.header.index("empty")] for _, texts in inputs.lines] == ["-", "11.0", "11.0"]
+    assert "empty:" in inputs.caption
+
+
+def test_every_column_of_a_full_image_table_fits_the_terminal():
+    params = {"attack_params": '{"iterations": 24000, "total_variation": 0.0001}'}
+    both = [
+        make([118.21, 119.6, 120], task=INPUTS, reference=11.0, defense=d, **params) for d in ("none", "null_update")
+    ]
+    out = io.StringIO()
+    render.terminal(cells(frame(*both)), console=Console(file=out, width=80))
+    heading = next(line for line in out.getvalue().splitlines() if line.startswith("attack"))
+    assert heading.split() == ["attack", "psnr", "[dB]", "floor", "empty", "gain", "group", "trials", "ms"]
+
+
+def test_trials_whose_distance_could_not_be_had_do_not_move_its_mean():
+    rows = make([20.0, 20.0, 20.0, None], task=INPUTS, reference=11.0)
+    rows[0] |= {"lpips": 0.2, "lpips_floor": 0.9}
+    rows[1] |= {"lpips": 0.4, "lpips_floor": 0.7}
+    assert only(cells(frame(rows)))["lpips"] == pytest.approx((0.2 + 0.4 + 0.8) / 3)  # the failed one is at the floor
+    assert np.isnan(only(cells(frame(rows[2:])))["lpips"])
+
+
 def test_lower_is_better_metrics_are_averaged_as_they_are():
     rows = make([0.5, None], reference=0.1)
     rows[0]["l1_count_error"] = 1.0
@@ -331,7 +368,7 @@ def test_markdown_has_one_table_per_task_with_whole_lines():
     text = render.markdown(demonstration())
     assert text.count("### ") == 2
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {len(render.VIEW) + 2}
+    assert widths == {len(render.VIEW) + 1}  # with the defense, without a column that nothing is known of
     assert "> digits is a demonstration lane" in text
 
 
