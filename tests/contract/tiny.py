@@ -28,6 +28,11 @@ TRIALS = 4
 AUXILIARY = 60
 BUDGET = 6
 SPEC = InputSpec(shape=(1, 8, 8), mean=(0.3,), std=(0.4,))
+MLP = Architecture(name="mlp", params={"width": 12, "depth": 1})
+VIT = Architecture(
+    name="timm/vit_tiny_patch16_224",
+    params={"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2},
+)
 PUBLIC_FACTS = frozenset({"head_bias", "nonnegative_features", "single_example", "four_classes"})
 
 
@@ -59,6 +64,7 @@ class Tiny:
     own_models: bool = False
     trials: tuple[int, ...] = tuple(range(TRIALS))
     granted: frozenset[str] = ThreatModel(auxiliary=AUXILIARY).granted()
+    architecture: Architecture = MLP
 
     @property
     def shape(self):
@@ -68,8 +74,7 @@ class Tiny:
     @property
     def model(self):
         draws = self.trials if self.own_models else (0,)
-        net = Architecture(name="mlp", params={"width": 12, "depth": 1})
-        return build_model(net, SPEC.shape, 10, seeds=[70 + t for t in draws]).to(dtype=torch.float64)
+        return build_model(self.architecture, SPEC.shape, 10, seeds=[70 + t for t in draws]).to(dtype=torch.float64)
 
     @property
     def victims(self):
@@ -145,5 +150,6 @@ PROTOCOLS = {
     "delta": Tiny(Protocol(sends="delta", local_steps=2, precision="float64"), batch=2, own_models=True),
     "weights": Tiny(Protocol(sends="weights", local_steps=2, batches="same", precision="float64"), batch=2),
     "clients": Tiny(Protocol(clients=2, secure_aggregation=True, precision="float64"), batch=2),
+    "vit": Tiny(Protocol(precision="float64"), batch=1, architecture=VIT),
 }
-"""One block per way of sending; every attack that is granted what it needs has to work on each."""
+"""One block per way of sending, and a transformer; every attack that is granted what it needs has to work on each."""

@@ -15,8 +15,9 @@ from sklearn.datasets import load_digits
 from leakbench import Knowledge, NotApplicable, Observation, UserError
 from leakbench.defense import DefenseChain
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts, Seen
+from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
+from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
 
@@ -116,6 +117,14 @@ def test_inputs_with_neurons_of_their_own_are_exact():
     bias[:, 7], weight[:, 7] = 1.0, 50.0  # no image
     claimed = Analytic().run(showing(observation, {"body.linear0.weight": weight, "body.linear0.bias": bias})).inputs
     assert exact(claimed, truth) == 1
+
+
+def test_of_rows_that_agree_with_none_the_least_alike_are_claimed():
+    observation, truth = block(batch=2)
+    share = torch.tensor([0.0, 0.05, 0.1, 0.15, 0.2, 1.0])[:, None]  # of the second input
+    weight = truth.flatten(2)[:, :1] * (1 - share) + truth.flatten(2)[:, 1:] * share
+    update = {"body.linear0.weight": weight, "body.linear0.bias": torch.ones(6, 6)}
+    assert exact(Analytic().run(showing(observation, update)).inputs, truth) == 1
 
 
 def test_real_batches_give_whole_inputs_while_relu_neurons_are_plenty():
