@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,9 @@ from leakbench.errors import InvalidOutput
 from leakbench.knowledge import Knowledge
 from leakbench.models.functional import Model
 from leakbench.observation import Observation
+
+NOTE = "note/"
+"""Leads the names of `Recovery.notes` among the claimed tensors."""
 
 TRACE_LIMIT = 200
 """Most entries of a visible-loss trace."""
@@ -40,7 +44,13 @@ NEEDS = frozenset(
         "four_classes",
     }
 )
-"""What `Attack.needs` may name: grants of the threat model, and facts of the task (the last four)."""
+"""What `Attack.needs` may name: grants of the threat model, and `FACTS` of the task."""
+
+FACTS = frozenset({"head_bias", "nonnegative_features", "single_example", "four_classes"})
+"""Facts of the task among `NEEDS`: nothing that a threat model could withhold."""
+
+NOTES_LIMIT = 8
+"""Most numbers of `Recovery.notes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,8 @@ class Recovery:
         visible_loss: (T,) the attack's own objective at the end; never used for scoring.
         visible_loss_trace: (T, <= 200) the same along the way.
         model_evaluations: Gradient evaluations per trial; counted by the harness where None.
+        notes: Up to `NOTES_LIMIT` further numbers by name, (T,) each or one for all: an estimated scale, the trials
+            computed at once, ...; reported as they are, never used for scoring.
     """
 
     label_counts: Tensor | None = None
@@ -61,11 +73,14 @@ class Recovery:
     visible_loss: Tensor | None = None
     visible_loss_trace: Tensor | None = None
     model_evaluations: int | None = None
+    notes: Mapping[str, Tensor | float] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the claimed tensors by field name."""
         fields = ("label_counts", "inputs", "visible_loss", "visible_loss_trace")
-        return {name: value for name in fields if (value := getattr(self, name)) is not None}
+        claimed = {name: value for name in fields if (value := getattr(self, name)) is not None}
+        notes = {NOTE + name: torch.as_tensor(value) for name, value in self.notes.items()}
+        return claimed | notes
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,7 @@ class RecoveryShape:
                 "visible_loss_trace", recovery.visible_loss_trace, (self.trials, TRACE_LIMIT)
             ),
             model_evaluations=_evaluations(recovery.model_evaluations),
+            notes=self._notes(recovery.notes),
         )
 
     def claim(self, tensors: Mapping[str, Tensor], evaluations: object, target: str) -> Recovery:
@@ -118,11 +134,28 @@ class RecoveryShape:
             InvalidOutput: See `check`; also unknown tensors, or a count of evaluations that is none.
         """
         fields = {"label_counts", "inputs", "visible_loss", "visible_loss_trace"}
-        if not set(tensors) <= fields:
-            raise InvalidOutput(f"sent {sorted(set(tensors) - fields)[0]!r}, which is no field of a Recovery")
+        notes = {name.removeprefix(NOTE): value for name, value in tensors.items() if name.startswith(NOTE)}
+        claimed = {name: value for name, value in tensors.items() if not name.startswith(NOTE)}
+        if not set(claimed) <= fields:
+            raise InvalidOutput(f"sent {sorted(set(claimed) - fields)[0]!r}, which is no field of a Recovery")
         if evaluations is None:
             raise InvalidOutput("sent no count of model evaluations")
-        return self.check(Recovery(**tensors, model_evaluations=evaluations), frozenset({target}))  # type: ignore[arg-type]
+        recovery = Recovery(**claimed, model_evaluations=evaluations, notes=notes)  # type: ignore[arg-type]
+        return self.check(recovery, frozenset({target}))
+
+    def _notes(self, notes: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        if len(notes) > NOTES_LIMIT:
+            raise InvalidOutput(f"Recovery.notes: expected at most {NOTES_LIMIT}, got {len(notes)}")
+        checked = {}
+        for name, value in notes.items():
+            numbers = torch.as_tensor(value).detach().to("cpu", torch.float32)
+            if re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) is None or tuple(numbers.shape) not in ((), (self.trials,)):
+                shape = tuple(numbers.shape)
+                raise InvalidOutput(
+                    f"Recovery.notes: expected a name and ({self.trials},) numbers, got {name!r}, {shape}"
+                )
+            checked[name] = numbers.expand(self.trials).contiguous()
+        return checked
 
     def _counts(self, counts: Tensor | None) -> Tensor:
         expected = f"({self.trials}, {self.clients} or 1, {self.num_classes})"

@@ -309,10 +309,14 @@ class Knowledge:
         """Uniform integers 0..high-1 (T, *shape), slice t from trial t's own stream."""
         return self._random.randint(high, *shape)
 
-    def progress(self, done: int, total: int, loss: float | None = None) -> None:
-        """Tell the harness how far the attack is; cheap enough for every iteration."""
+    def progress(self, done: int, total: int, loss: float | None = None, *, rate: float | None = None) -> None:
+        """Tell the harness how far the attack is, ``rate`` in steps per second; cheap enough for every iteration."""
         if self._report is not None:
-            self._report({"done": done, "total": total, "loss": loss})
+            self._report({"done": done, "total": total, "loss": loss, "rate": rate})
+
+    def grants(self, name: str) -> bool:
+        """Whether the threat model grants ``name``, a word of `leakbench.attack.NEEDS`."""
+        return name in self._facts.granted
 
     def _grant(self, name: str, value: G | None) -> G:
         if name not in self._facts.granted or value is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -66,6 +67,12 @@ class Observation(Knowledge):
             defense=self._defense,
             report=self._report,
         )
+
+    def with_prepared(self, prepared: Mapping[str, Tensor]) -> Observation:
+        """Return the same observation for an attack that another one runs, with what it prepared."""
+        other = copy(self)
+        other._seen = replace(self._seen, prepared=prepared)
+        return other
 
     @property
     def update(self) -> Mapping[str, Tensor]:

@@ -231,6 +231,31 @@ class Model:
         return model
 
 
+def layer_inputs(model: Model, inputs: Tensor, layers: Sequence[str]) -> list[Tensor]:
+    """Return what the named layers get, (T, B, *) each, with BatchNorm in eval mode; differentiable in ``inputs``.
+
+    Args:
+        model: M = 1 or T; own weights are run one trial at a time.
+        inputs: (T, B, *input_shape).
+        layers: Names of submodules that are called once.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: seen[name].append(args[0])
+
+    with model.lock:
+        hooks = [model.module.get_submodule(name).register_forward_pre_hook(keep(name)) for name in layers]
+        try:
+            for draw in range(model.draws):
+                part = inputs if model.draws == 1 else inputs[draw : draw + 1]
+                model.call(model._state(draw), part.flatten(0, 1), train=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return [_split(torch.cat(values), len(inputs)) for values in seen.values()]
+
+
 def flat_state(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return parameters and buffers under flat names."""
     named = {f"parameter/{k}": v for k, v in parameters.items()}

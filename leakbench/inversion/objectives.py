@@ -1,0 +1,225 @@
+"""How far candidates' gradients g are from the observed ones G: one number per row."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+Units = Literal["gradient", "difference", "direction"]
+"""What G is: an averaged gradient (needs the learning rate of an update), the raw change of the weights, or that scaled
+to length 1."""
+
+Weights = Callable[[int], Sequence[float]]
+"""Weights of P tensors, first layer first."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Gradients g of candidates beside the target G, for Q rows (trials x restarts) and P tensors.
+
+    Args:
+        dot: (Q, P) <g, G>.
+        square: (Q, P) ||g||^2.
+        goal: (Q, P) ||G||^2.
+        pairs: g and G, (Q, numel) each, per tensor; empty where the objective is made of inner products alone.
+    """
+
+    dot: Tensor
+    square: Tensor
+    goal: Tensor
+    pairs: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> Comparison:
+        """Compare tensors g and G, (Q, numel) each."""
+        dot = torch.stack([(g * goal).sum(1) for g, goal in pairs], 1)
+        square = torch.stack([g.square().sum(1) for g, _ in pairs], 1)
+        return cls(dot, square, torch.stack([goal.square().sum(1) for _, goal in pairs], 1), tuple(pairs))
+
+
+class Objective(ABC):
+    """Distance of gradients, smaller is nearer."""
+
+    units: ClassVar[Units] = "direction"
+    elementwise: ClassVar[bool] = True
+    """Whether it needs the gradients themselves. Inner products are cheaper, but a difference that nearly vanishes
+    loses its last digits in them (float32: below 1e-7 of ||G||^2)."""
+
+    def unknowns(self, like: Tensor) -> dict[str, Tensor]:  # noqa: ARG002  (neutral default)
+        """Return start values (Q,) of scalars that are optimised together with the inputs; ``like`` is (Q,)."""
+        return {}
+
+    @abstractmethod
+    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
+        """Return the distance of every row, (Q,)."""
+
+    def score(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
+        """Return what the best iterate and the best restart are chosen by, (Q,): the distance itself."""
+        return self(comparison, unknowns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquaredL2(Objective):
+    """sum_l w_l ||g_l - G_l||^2, or sum_l w_l ||g_l - G_l|| with ``root``.
+
+    Args:
+        scale: Factor.
+        root: Whether norms are added instead of their squares.
+        weights: w_l; all 1 where None.
+    """
+
+    units: ClassVar[Units] = "gradient"
+    scale: float = 1.0
+    root: bool = False
+    weights: Weights | None = None
+
+    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """Return the distance of every row, (Q,)."""
+        each = torch.stack([(g - goal).square().sum(1) for g, goal in comparison.pairs], 1)
+        return self.scale * (_weights(self.weights, each) * (safe_root(each) if self.root else each)).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Objective):
+    """1 - cos(g, G): one cosine over all tensors, or the weighted mean of one per tensor.
+
+    Args:
+        per_tensor: Whether every tensor has a cosine of its own.
+        weights: Of the tensors; all 1 where None.
+    """
+
+    elementwise: ClassVar[bool] = False
+    per_tensor: bool = False
+    weights: Weights | None = None
+
+    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """Return the distance of every row, (Q,)."""
+        dot, square, goal = comparison.dot, comparison.square, comparison.goal
+        weights = _weights(self.weights, dot)
+        if self.per_tensor:
+            each = 1 - dot / (safe_root(square) * safe_root(goal))
+            return (weights * each).sum(1) / weights.sum()
+        square, goal = (weights * square).sum(1), (weights * goal).sum(1)
+        return 1 - (weights * dot).sum(1) / (safe_root(square) * safe_root(goal))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointScale(Objective):
+    """DLM: sum_l ||g_l - k W_l||^2 with the unknown scale k of the update W optimised as well.
+
+    k = 0 with a label that the net predicts makes it vanish for any input whatever, so a low value is no sign of
+    recovery; the best iterate and restart are therefore chosen by `MeanNorm`, which knows no scale.
+
+    Args:
+        scale: Where k starts.
+        log: Whether log k is optimised, which keeps k off 0.
+    """
+
+    units: ClassVar[Units] = "difference"
+    scale: float = 200.0
+    log: bool = False
+
+    def unknowns(self, like: Tensor) -> dict[str, Tensor]:
+        """Return the start value of k or log k, (Q,)."""
+        start = torch.full_like(like, self.scale)
+        return {"log_k": start.log()} if self.log else {"k": start}
+
+    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
+        """Return the distance of every row, (Q,)."""
+        k = (unknowns["log_k"].exp() if self.log else unknowns["k"])[:, None]
+        return torch.stack([(g - k * goal).square().sum(1) for g, goal in comparison.pairs]).sum(0)
+
+    def score(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
+        """Return the scale-free distance, (Q,)."""
+        return MeanNorm()(comparison, unknowns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanNorm(Objective):
+    """DLM+: sum_l ||g_l / n(g) - W_l / n(W)||^2, n being the mean of the tensors' norms; differentiated through."""
+
+    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """Return the distance of every row, (Q,)."""
+        found, wanted = (safe_root(v).mean(1, keepdim=True) for v in (comparison.square, comparison.goal))
+        return torch.stack([(g / found - goal / wanted).square().sum(1) for g, goal in comparison.pairs]).sum(0)
+
+
+# --- likelihoods of what a defense did to the update --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Masked(Objective):
+    """Another objective on the entries that survived pruning: those where G is not 0.
+
+    Args:
+        inner: The objective.
+    """
+
+    inner: Objective
+
+    def unknowns(self, like: Tensor) -> dict[str, Tensor]:
+        """Return those of the inner objective."""
+        return self.inner.unknowns(like)
+
+    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
+        """Return the distance of every row, (Q,)."""
+        return self.inner(Comparison.of([(g * (goal != 0), goal) for g, goal in comparison.pairs]), unknowns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signs(Objective):
+    """Negative log-likelihood of observed signs, g being blurred by logistic noise of its own mean size.
+
+    Args:
+        noise: Scale of the noise in units of a tensor's mean |g|.
+    """
+
+    noise: float = 0.1
+
+    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """Return the mean over the entries whose sign was sent, (Q,)."""
+        lost, sent = [], []
+        for g, goal in comparison.pairs:
+            size = g.abs().mean(1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
+            shown = (goal != 0).to(g.dtype)
+            lost.append((shown * F.softplus(-goal.sign() * g / (self.noise * size))).sum(1))
+            sent.append(shown.sum(1))
+        return torch.stack(lost).sum(0) / torch.stack(sent).sum(0).clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals(Objective):
+    """Squared distance of g from the interval of values that quantisation rounds to G, relative to ||G||^2.
+
+    Args:
+        width: Width of the interval around G.
+    """
+
+    units: ClassVar[Units] = "gradient"
+    width: float
+
+    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """Return the distance of every row, (Q,)."""
+        outside = [F.relu((g - goal).abs() - self.width / 2).square().sum(1) for g, goal in comparison.pairs]
+        return torch.stack(outside).sum(0) / comparison.goal.sum(1).clamp(min=torch.finfo(outside[0].dtype).tiny)
+
+
+def units_of(objective: Objective) -> Units:
+    """Return what the objective compares with; a mask changes nothing about it."""
+    return units_of(objective.inner) if isinstance(objective, Masked) else objective.units
+
+
+def safe_root(square: Tensor) -> Tensor:
+    """Return the square root, kept off 0: a gradient that vanishes has no direction, and its root no derivative."""
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+
+
+def _weights(weights: Weights | None, like: Tensor) -> Tensor:
+    values = weights(like.shape[1]) if weights is not None else [1.0] * like.shape[1]
+    return torch.tensor(values, dtype=like.dtype, device=like.device)

@@ -1,0 +1,157 @@
+"""What a good candidate looks like, apart from its gradient: one penalty per row."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakbench.errors import NotApplicable
+from leakbench.federation.statistics import is_running_statistic
+from leakbench.inversion.rows import Rows
+from leakbench.knowledge import Knowledge
+from leakbench.models.functional import layer_inputs
+
+
+class Prior(ABC):
+    """A penalty on candidate inputs."""
+
+    def check(self, knowledge: Knowledge) -> None:  # noqa: ARG002  (neutral default)
+        """Decline a task that lacks what the prior needs.
+
+        Raises:
+            NotApplicable: The model has no such layers.
+            NotGranted: The threat model withholds them.
+        """
+        return
+
+    @abstractmethod
+    def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:
+        """Return the penalty (Q,) of inputs (Q, N, *input_shape)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalVariation(Prior):
+    """mean over pixels of (|dx|^p + |dy|^p)^q, dx and dy being differences of neighbours; images only.
+
+    Args:
+        weight: Factor.
+        p: Inner power; 1 is anisotropic.
+        q: Outer power; with p = 2, 0.5 is isotropic.
+        opponents: Whether the differences of the color channels count as channels too ("double opponent").
+    """
+
+    weight: float
+    p: float = 1.0
+    q: float = 1.0
+    opponents: bool = False
+
+    def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:  # noqa: ARG002
+        """Return the penalty (Q,) of inputs (Q, N, channels, height, width)."""
+        if self.opponents and inputs.shape[2] == 3:
+            red, green, blue = inputs.unbind(2)
+            inputs = torch.cat([inputs, torch.stack([red - green, red - blue, green - blue], 2)], 2)
+        down, right = inputs.diff(dim=-2).abs(), inputs.diff(dim=-1).abs()
+        if self.p == self.q == 1:
+            return self.weight * _sum_of_means(down.flatten(1), right.flatten(1))
+        eps = 1e-8  # breaching's; a power below 1 has no derivative at 0
+        both = (down[..., :-1] + eps).pow(self.p) + (right[..., :-1, :] + eps).pow(self.p)
+        penalty: Tensor = both.pow(self.q).flatten(1).mean(1)
+        return self.weight * penalty
+
+
+def _sum_of_means(first: Tensor, second: Tensor) -> Tensor:
+    """Return mean(first) + mean(second) over (Q, *), the mean of nothing being 0."""
+    return first.sum(1) / max(1, first.shape[1]) + second.sum(1) / max(1, second.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class L2Norm(Prior):
+    """||x||_2 of every input, averaged over the batch.
+
+    Args:
+        weight: Factor.
+    """
+
+    weight: float
+
+    def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:  # noqa: ARG002
+        """Return the penalty (Q,) of inputs (Q, N, *input_shape)."""
+        return self.weight * inputs.flatten(2).norm(dim=2).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNormStatistics(Prior):
+    """sum_l ||mean_l(x) - M_l||_2 + ||var_l(x) - V_l||_2 over the inputs of the BatchNorm layers.
+
+    M and V are the statistics that the threat model grants: the running ones, or those of the private batch.
+
+    Args:
+        weight: Factor.
+        first: Factor of the first layer.
+    """
+
+    weight: float
+    first: float = 1.0
+
+    def check(self, knowledge: Knowledge) -> None:
+        """Decline a net without BatchNorm, or statistics that are withheld."""
+        if not knowledge.bn_statistics:
+            raise NotApplicable("the BatchNorm prior needs a net with BatchNorm layers")
+
+    def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:
+        """Return the penalty (Q,) of inputs (Q, N, *input_shape)."""
+        statistics = {n: v for n, v in rows.observation.bn_statistics.items() if is_running_statistic(n)}
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in statistics))
+        penalty = torch.zeros(len(inputs), dtype=inputs.dtype, device=inputs.device)
+        for i, (layer, x) in enumerate(zip(layers, layer_inputs(rows.model, inputs, layers), strict=True)):
+            dims = [d for d in range(x.dim()) if d not in (0, 2)]
+            mean, var = x.mean(dims), x.var(dims, correction=0)
+            for found, name in ((mean, "running_mean"), (var, "running_var")):
+                wanted = rows.spread(statistics[f"{layer}.{name}"])
+                penalty = penalty + (self.first if i == 0 else 1.0) * (found - wanted).norm(dim=1)
+        return self.weight * penalty
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConsistency(Prior):
+    """Distance of every restart's input from the mean over the restarts of its trial; no registration.
+
+    Args:
+        weight: Factor.
+    """
+
+    weight: float
+
+    def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:
+        """Return the penalty (Q,) of inputs (Q, N, *input_shape)."""
+        groups = inputs.view(-1, rows.restarts, *inputs.shape[1:])
+        apart = (groups - groups.detach().mean(1, keepdim=True)).flatten(3)
+        return self.weight * apart.square().sum(3).add(1e-12).sqrt().mean(2).flatten()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMatch(Prior):
+    """Squared distance of the last layer's input from g_W[c] / g_b[c], its mean over the examples of class c.
+
+    Args:
+        weight: Factor.
+    """
+
+    weight: float
+
+    def check(self, knowledge: Knowledge) -> None:
+        """Decline a last layer without bias."""
+        if not knowledge.model.has_head_bias:
+            raise NotApplicable("feature matching divides by the last layer's bias gradient; this net has no such bias")
+
+    def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:
+        """Return the penalty (Q,) of inputs (Q, N, *input_shape)."""
+        weight, bias = (rows.target[f"{rows.model.head}.{part}"] for part in ("weight", "bias"))
+        small = bias.abs() < torch.finfo(bias.dtype).eps * bias.abs().amax(1, keepdim=True)
+        measured = weight / torch.where(small, torch.ones_like(bias), bias)[..., None]
+        (features,) = layer_inputs(rows.model, inputs, [rows.model.head])
+        wanted = measured.gather(1, rows.classes[..., None].expand(-1, -1, measured.shape[2]))
+        return self.weight * (features - wanted).square().mean((1, 2))

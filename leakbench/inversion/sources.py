@@ -1,0 +1,195 @@
+"""Where the gradients of candidates come from: the weights sent out, all local steps, or weights between."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakbench.errors import NotApplicable
+from leakbench.inversion.objectives import Comparison, Units
+from leakbench.inversion.rows import Rows, unit_direction, update_difference
+from leakbench.knowledge import Knowledge
+from leakbench.observation import Observation
+
+
+class Source(ABC):
+    """Turns candidates into gradients that can be compared with the update."""
+
+    def check(self, knowledge: Knowledge) -> None:  # noqa: ARG002  (neutral default)
+        """Decline what cannot be done, before an update is seen.
+
+        Raises:
+            NotApplicable: The task does not suit it.
+            NotGranted: Something it needs is withheld.
+        """
+        return
+
+    def target(self, observation: Observation, units: Units) -> dict[str, Tensor]:
+        """Return what gradients are compared with, (T, *shape) by parameter name."""
+        if units == "gradient":
+            names = observation.model.parameters
+            found = {name: value for name, value in observation.gradient.items() if name in names}
+            return {name: value / _local_steps(observation) for name, value in found.items()}
+        difference = update_difference(observation)
+        return difference if units == "difference" else unit_direction(difference)
+
+    def unknowns(self, like: Tensor) -> dict[str, Tensor]:  # noqa: ARG002  (neutral default)
+        """Return start values (Q,) of scalars that are optimised together with the inputs; ``like`` is (Q,)."""
+        return {}
+
+    def project(self, leaves: Mapping[str, Tensor]) -> None:  # noqa: ARG002  (neutral default)
+        """Put these scalars back into their range after a step."""
+        return
+
+    def evaluations(self, knowledge: Knowledge) -> int:  # noqa: ARG002
+        """Return the gradient evaluations of one comparison."""
+        return 1
+
+    @abstractmethod
+    def gradients(
+        self, rows: Rows, inputs: Tensor, labels: Tensor, unknowns: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return gradients (Q, *shape) by the names of ``rows.target``, differentiable.
+
+        Args:
+            rows: What is known.
+            inputs: (Q, N, *input_shape).
+            labels: Classes (Q, N) or probabilities (Q, N, C).
+            unknowns: Scalars (Q,) by name.
+        """
+
+    def compare(
+        self,
+        rows: Rows,
+        inputs: Tensor,
+        labels: Tensor,
+        unknowns: Mapping[str, Tensor],
+        *,
+        elementwise: bool,  # noqa: ARG002  (whoever has a cheaper way without gradients overrides this)
+    ) -> Comparison:
+        """Compare the candidates' gradients with the target."""
+        found = self.gradients(rows, inputs, labels, unknowns)
+        return Comparison.of([(found[name].flatten(1), goal.flatten(1)) for name, goal in rows.target.items()])
+
+
+class OneStep(Source):
+    """The gradient of all inputs at the weights that were sent out."""
+
+    def gradients(
+        self,
+        rows: Rows,
+        inputs: Tensor,
+        labels: Tensor,
+        unknowns: Mapping[str, Tensor],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return gradients by name; see `Source.gradients`."""
+        return rows.observation.gradients(inputs, labels, names=list(rows.target), model=rows.model)
+
+    def compare(
+        self, rows: Rows, inputs: Tensor, labels: Tensor, unknowns: Mapping[str, Tensor], *, elementwise: bool
+    ) -> Comparison:
+        """Compare the candidates' gradients with the target, by inner products where those suffice."""
+        if elementwise:
+            return super().compare(rows, inputs, labels, unknowns, elementwise=elementwise)
+        dot, square = rows.observation.gradient_products(inputs, labels, rows.target, model=rows.model)
+        goal = torch.stack([value.flatten(1).square().sum(1) for value in rows.target.values()], 1)
+        return Comparison(dot, square, goal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrolled(Source):
+    """The update of the client itself, all local steps differentiated through (Inverting Gradients' FedAvg attack).
+
+    Batches are taken in the order of the inputs, unless the threat model grants the true order.
+
+    Args:
+        lr: A guess where the learning rate is withheld; None declines such tasks.
+        local_steps: A guess where their number is withheld; None declines such tasks.
+    """
+
+    lr: float | None = None
+    local_steps: int | None = None
+
+    def check(self, knowledge: Knowledge) -> None:
+        """Decline a task that withholds what is not guessed."""
+        if knowledge.sends != "gradient":
+            _ = self.lr or knowledge.lr, self.local_steps or knowledge.local_steps
+
+    def evaluations(self, knowledge: Knowledge) -> int:
+        """Return the number of local steps."""
+        return 1 if knowledge.sends == "gradient" else self.local_steps or knowledge.local_steps
+
+    def target(self, observation: Observation, units: Units) -> dict[str, Tensor]:
+        """Return the raw update: what the simulated client would send."""
+        difference = update_difference(observation)
+        return unit_direction(difference) if units == "direction" else difference
+
+    def gradients(
+        self,
+        rows: Rows,
+        inputs: Tensor,
+        labels: Tensor,
+        unknowns: Mapping[str, Tensor],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return simulated updates by name; see `Source.gradients`."""
+        seen = rows.observation
+        order = rows.spread(seen.batch_order[:, 0]) if seen.grants("batch_order") else None
+        sent = seen.simulate(
+            inputs,
+            labels,
+            create_graph=True,
+            order=order,
+            defended=False,
+            lr=self.lr,
+            local_steps=self.local_steps,
+            model=rows.model,
+        )
+        if seen.sends == "weights":
+            sent = {name: rows.model.parameters[name] - value for name, value in sent.items() if name in rows.target}
+        return {name: sent[name] for name in rows.target}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surrogate(Source):
+    """One gradient at (1 - alpha) W_t + alpha W_t+1, alpha optimised as well (Zhu et al. 2023, SME).
+
+    Args:
+        alpha: Where alpha starts; 0 is the gradient at the weights that were sent out.
+    """
+
+    alpha: float = 0.5
+
+    def check(self, knowledge: Knowledge) -> None:
+        """Decline a single gradient: there are no weights between."""
+        if knowledge.sends == "gradient":
+            raise NotApplicable("a surrogate lies between weights before and after local steps; a gradient is sent")
+
+    def unknowns(self, like: Tensor) -> dict[str, Tensor]:
+        """Return the start value of alpha, (Q,)."""
+        return {"alpha": torch.full_like(like, self.alpha)}
+
+    def project(self, leaves: Mapping[str, Tensor]) -> None:
+        """Keep alpha between 0 and 1."""
+        with torch.no_grad():
+            leaves["alpha"].clamp_(0, 1)
+
+    def gradients(
+        self, rows: Rows, inputs: Tensor, labels: Tensor, unknowns: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return gradients by name; see `Source.gradients`."""
+        moved = {name: rows.spread(value) for name, value in update_difference(rows.observation).items()}
+        alpha = unknowns["alpha"]
+        between = {
+            name: rows.model.parameters[name] - alpha.view(-1, *(1,) * (value.dim() - 1)) * value
+            for name, value in moved.items()
+        }
+        model = rows.model.with_state(parameters=between)
+        return rows.observation.gradients(inputs, labels, names=list(rows.target), model=model)
+
+
+def _local_steps(observation: Observation) -> int:
+    return 1 if observation.sends == "gradient" else observation.local_steps
