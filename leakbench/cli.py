@@ -294,3 +294,29 @@ def board(out: tuple[Path, ...], form: str | None, only_lanes: bool) -> None:
     else:
         text = {"json": render.to_json, "markdown": render.markdown}[form](board, ranked)
         click.echo(text.rstrip("\n"))
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--attack", metavar="A", help="Only this attack, by name or label.")
+@click.option("--task", metavar="T", help="Only this task.")
+@click.option("--to", type=click.Path(path_type=Path), help="PNG file to write. [default: OUT/gallery.png]")
+@click.option("--json", "as_json", is_flag=True, help="List the pictures as JSON instead.")
+def gallery(out: Path, attack: str | None, task: str | None, to: Path | None, as_json: bool) -> None:
+    """Draw what attacks recovered in OUT: of every cell the trials of best, median and worst PSNR."""
+    from leakbench.gallery import read_gallery
+
+    cells = read_gallery(out, attack=attack, task=task)
+    if as_json:
+        _print_json([{k: v for k, v in e.items() if not isinstance(v, bytes)} for cell in cells for e in cell])
+        return
+    from leakbench.board.sheet import MOST_LINES, contact_sheet
+
+    to = to or out / "gallery.png"
+    try:
+        contact_sheet(cells[:MOST_LINES], str(out)).save(to, "PNG")
+    except OSError as error:
+        raise UserError(f"--to {to}: cannot be written ({error.strerror}); use another --to") from None
+    click.echo(to)
+    if len(cells) > MOST_LINES:
+        click.echo(f"{len(cells) - MOST_LINES} of {len(cells)} cells are left out; choose with --attack or --task")

@@ -55,6 +55,7 @@ __all__ = [
     "schema_markdown",
     "task_columns",
     "write_job",
+    "write_parquet",
 ]
 
 
@@ -120,19 +121,28 @@ def write_job(out: Path, job_id: str, season: str, rows: Sequence[Mapping[str, A
         raise ValueError(f"row does not fit the schema: {error}") from None
     path = job_path(out, job_id, season)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{job_id}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            pq.write_table(table, file, compression="zstd", write_statistics=False)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(Path(name), path)
-        _sync_directory(path.parent)
+        write_parquet(table, path)
     except OSError as error:
         raise UserError(f"--out {out}: cannot write {path.name} ({error.strerror}); use another --out") from None
-    for leftover in path.parent.glob(f".{job_id}.*.tmp"):
-        leftover.unlink(missing_ok=True)
     return path
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a file that is whole as soon as it has its name, and remove what killed writers of it left.
+
+    Raises:
+        OSError: The directory cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        pq.write_table(table, file, compression="zstd", write_statistics=False)
+        file.flush()
+        os.fsync(file.fileno())
+    _publish(Path(name), path)
+    _sync_directory(path.parent)
+    for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _publish(temporary: Path, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ import torch
 
 from leakbench.data import Victims
 from leakbench.errors import InvalidOutput, LeakbenchError, NotApplicable, Unavailable, UserError
+from leakbench.gallery import Entry, write_gallery
 from leakbench.keys import Season
 from leakbench.provenance import provenance
 from leakbench.results import prepare_out, write_job
@@ -21,10 +23,13 @@ from leakbench.runner.children import ChildFailed
 from leakbench.runner.exchange import Exchange
 from leakbench.runner.grant import granted_names, read_names
 from leakbench.runner.isolate import choose_level
+from leakbench.runner.pictures import pictures
 from leakbench.runner.plan import Job
 from leakbench.runner.rows import Outcome, job_rows
 from leakbench.runner.scene import Weights
 from leakbench.runner.workshop import Workshop
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[Job, dict[str, Any]], None]
 
@@ -187,9 +192,18 @@ class Runner:
         if self._shop.closed:
             raise LeakbenchError(f"{job.label}: the runner was closed before the job was done")
         rows = job_rows(job, outcome, self._shop.scenes, victims, weights, self._columns(outcome))
+        if job.task.target == "inputs":
+            self._show(job, pictures(job, outcome.recovery, victims, self._shop.scenes, rows))
         path = write_job(self._out, job.id, self._season.name, rows)
         statuses = dict(Counter(row["status"] for row in rows))
         return JobOutcome(job, path, statuses, time.perf_counter() - begun, outcome.error, output)
+
+    def _show(self, job: Job, entries: list[Entry]) -> None:
+        """Write the pictures of a job, before its rows, so that a job that is done has them."""
+        try:
+            write_gallery(self._out, job.id, entries)
+        except OSError as error:  # the rows are what a run is for
+            _log.warning("%s: no pictures: %s: %s", job.label, error.strerror, error.filename)
 
     def _columns(self, outcome: Outcome) -> dict[str, Any]:
         detail = ", ".join(f"{name}={value}" for name, value in sorted(outcome.isolation.items()))
