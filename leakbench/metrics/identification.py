@@ -43,7 +43,7 @@ class Identification:
         recovered = matched.double().cpu().flatten(2)
         originals = (true.double().cpu().flatten(2) * 255).round() / 255  # as the gallery has them, to the last bit
         # |g - r|^2 up to |r|^2, which all candidates share.
-        own = originals.square().sum(2)[:, None] - 2 * recovered @ originals.transpose(1, 2)
+        own = originals.square().sum(2)[:, None] - 2 * (recovered @ originals.transpose(1, 2))
         limit = own.diagonal(dim1=1, dim2=2) - _TIE
         nearer = ((own < limit[..., None]) & self._new[:, None]).sum(2)
         flat, flat_limit = recovered.flatten(0, 1), limit.reshape(-1, 1)
@@ -52,6 +52,6 @@ class Identification:
         step = max(1, _CHUNK // self._images.shape[1])
         for start in range(0, len(self._images), step):
             part = torch.from_numpy(self._images[start : start + step]).double() / 255
-            distance = part.square().sum(1) - 2 * flat @ part.T
+            distance = part.square().sum(1) - 2 * (flat @ part.T)
             nearer += (distance < flat_limit).sum(1).reshape(trials, count)
         return {"identification_rank": 1 + nearer.double(), "identified": (nearer == 0).double()}
