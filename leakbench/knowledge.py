@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -313,6 +314,12 @@ class Knowledge:
         """Tell the harness how far the attack is, ``rate`` in steps per second; cheap enough for every iteration."""
         if self._report is not None:
             self._report({"done": done, "total": total, "loss": loss, "rate": rate})
+
+    def asking(self, target: str) -> Self:
+        """Return the same knowledge for an attack that another one runs to recover ``target``."""
+        other = copy(self)
+        other._facts = replace(self._facts, target=target)
+        return other
 
     def grants(self, name: str) -> bool:
         """Whether the threat model grants ``name``, a word of `leakbench.attack.NEEDS`."""

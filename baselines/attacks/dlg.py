@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from leakbench import Attack, Knowledge, Observation, Recovery, register
-from leakbench.inversion import LBFGS, Inversion, Pixels, SquaredL2
+from leakbench import register
+from leakbench.inversion import LBFGS, Inversion, InversionAttack, Pixels, SquaredL2
 
 
 @register("dlg", version=1)
-class DLG(Attack):
+class DLG(InversionAttack):
     """DLG: squared distance of the gradients, minimised over inputs and soft labels by L-BFGS from normal noise.
 
     No prior and no box, as in the paper's code; the iterate and the restart with the least distance are claimed, where
@@ -28,7 +26,6 @@ class DLG(Attack):
     """
 
     recovers = frozenset({"inputs", "labels"})
-    needs = frozenset({"batch_size", "weights"})
 
     def __init__(
         self, *, steps: int = 300, restarts: int = 1, labels: str = "joint", stop: float | None = 1e-9
@@ -42,11 +39,3 @@ class DLG(Attack):
             labels=labels,
             stop=stop,
         )
-
-    def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
-        """Prepare the label attack, if there is one."""
-        return self.inversion.prepare(knowledge)
-
-    def run(self, observation: Observation) -> Recovery:
-        """Optimise inputs (T, K * N, *input_shape) and labels of all trials and restarts together."""
-        return self.inversion.run(observation)

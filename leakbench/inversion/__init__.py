@@ -1,6 +1,7 @@
 """The shared engine of optimisation attacks: a published attack names its objective, priors, optimiser and start."""
 
 from leakbench.inversion.engine import Inversion as Inversion
+from leakbench.inversion.engine import InversionAttack as InversionAttack
 from leakbench.inversion.objectives import Comparison as Comparison
 from leakbench.inversion.objectives import Cosine as Cosine
 from leakbench.inversion.objectives import Intervals as Intervals

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from leakbench.attack import TRACE_LIMIT, Recovery
+from leakbench.attack import TRACE_LIMIT, Attack, Recovery
 from leakbench.errors import UserError
 from leakbench.inversion.labels import LabelSource
 from leakbench.inversion.objectives import Objective, units_of
@@ -72,6 +72,8 @@ class Inversion:
             NotGranted: A part needs what the threat model withholds.
         """
         self.source.check(knowledge)
+        if units_of(self.objective) == "gradient" and knowledge.sends != "gradient":
+            _ = knowledge.lr, knowledge.local_steps  # withheld ones decline the task
         for prior in self.priors:
             prior.check(knowledge)
         return LabelSource(self.labels).prepare(knowledge)
@@ -116,6 +118,22 @@ class Inversion:
         budget = observation.budget // self.source.evaluations(observation)
         restarts = min(self.restarts, max(1, budget))
         return max(0, min(self.steps, (budget // restarts - 1) // self.optimiser.evaluations)), restarts
+
+
+class InversionAttack(Attack):
+    """An attack that is an `Inversion` and nothing else; the subclass sets `inversion` in its constructor."""
+
+    recovers = frozenset({"inputs"})
+    needs = frozenset({"batch_size", "weights"})
+    inversion: Inversion
+
+    def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
+        """Prepare the label attack, if there is one, and decline unsuitable tasks; see `Inversion.prepare`."""
+        return self.inversion.prepare(knowledge)
+
+    def run(self, observation: Observation) -> Recovery:
+        """Optimise inputs (T, K * N, *input_shape) of all trials and restarts together."""
+        return self.inversion.run(observation)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class LabelSource:
         missing = [need for need in sorted(self.attack.needs & _GRANTS) if not knowledge.grants(need)]
         if missing:
             raise NotApplicable(f"labels={self.name!r} needs {', '.join(missing)}; give another label attack")
-        return {_PREFIX + name: value for name, value in self.attack.prepare(knowledge).items()}
+        return {_PREFIX + name: value for name, value in self.attack.prepare(knowledge.asking("labels")).items()}
 
     def labels(self, observation: Observation) -> Tensor | None:
         """Return labels (T, K * N), or None where they are optimised."""
@@ -68,7 +68,7 @@ class LabelSource:
         except NotGranted:
             pass
         prepared = {k.removeprefix(_PREFIX): v for k, v in observation.prepared.items() if k.startswith(_PREFIX)}
-        counts = self.attack.run(observation.with_prepared(prepared)).label_counts
+        counts = self.attack.run(observation.asking("labels").with_prepared(prepared)).label_counts
         if counts is None:
             raise UserError(f"labels={self.name!r} returned no label counts")
         return labels_of_counts(counts.sum(1), observation.inputs_per_client * observation.clients)
