@@ -15,7 +15,7 @@ NOISE = 30
 """How many times the median of a direction's zeros, which is rounding, a zero may be."""
 GAP = 4
 """How far a singular value has to stand above the first one that can only be noise."""
-ALIKE, INDEPENDENT = 0.9999, 1e-3
+ALIKE, INDEPENDENT = 1 - 1e-6, 1e-3
 """Cosine from which directions are the same; distance from the span of others from which they are independent."""
 REFINEMENTS = 10
 SPARE = 4
@@ -234,9 +234,6 @@ class Directions:
         self.left = left
         rows, rank = left.shape
         self.least, self.most = max(rank + 2, tau * rows), SPARE * rank
-        # Rows of small norm have many zeros: most examples left that neuron off.
-        norms = left.norm(dim=1)
-        self.rate = torch.exp(-LEAN * norms / norms.max()).cpu()
         self.vectors = left.new_ones(1, 1) if rank == 1 else left.new_zeros(0, rank)
         self.counts = torch.zeros(len(self.vectors), dtype=torch.int64, device=left.device)
 
@@ -247,7 +244,7 @@ class Directions:
             return rank == 1
         pieces = -(-rows // (2 * rank - 2))  # the better half
         wait = torch.empty(-(-samples // pieces), rows).exponential_(generator=generator)
-        wait[::2] /= self.rate
+        wait[::2] /= self._rate().cpu()
         order = wait.argsort(1)
         sets = order[:, : pieces * (rank - 1)].reshape(-1, rank - 1)[:samples].to(self.left.device)
         drawn = self.left[sets]
@@ -261,6 +258,15 @@ class Directions:
         for vector in new:
             self._add(self._refined(vector))
         return len(new) > 0 and len(self.vectors) >= rank
+
+    def _rate(self) -> Tensor:
+        """Return how often each row (m,) is drawn: neurons that some examples leave off, others often do as well."""
+        known = self.basis()
+        if 2 * len(known) >= self.left.shape[1]:
+            off = zeros(known @ self.left.T).double().mean(0)
+        else:  # a row of small norm has many zeros
+            off = -self.left.norm(dim=1)
+        return torch.exp(LEAN * off / off.abs().max().clamp(min=1e-9))
 
     def basis(self) -> Tensor:
         """Return independent directions (k, b), k <= b, greedily those with most zeros."""
@@ -301,9 +307,11 @@ class Directions:
         return vector
 
     def _add(self, vector: Tensor) -> None:
-        if len(self.vectors) and bool((self.vectors @ vector).abs().max() >= ALIKE):
-            return
         count = zeros(self.left @ vector).sum()
+        alike = (self.vectors @ vector).abs() >= ALIKE
+        if bool((alike & (self.counts >= count)).any()):
+            return
+        self.vectors, self.counts = self.vectors[~alike], self.counts[~alike]
         place = int((self.counts >= count).sum())
         self.vectors = torch.cat([self.vectors[:place], vector[None], self.vectors[place:]])[: self.most]
         self.counts = torch.cat([self.counts[:place], count[None], self.counts[place:]])[: self.most]
