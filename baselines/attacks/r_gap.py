@@ -18,8 +18,7 @@ EDGE = 1e-12
 DEAD = 1e-6
 """Share of the largest output below which a ReLU passed nothing; rounding errors of the update stay below."""
 RIDGE = 1e-12
-"""Keeps equations solvable that leave something open."""
-REFINEMENTS = 3
+"""Gives equations that leave something open their smallest solution."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class RGap(Attack):
     the last bias, for any loss and without the label, and a net without that bias is declined. Where a dense layer has
     a bias, that one's gradient is its k too; it gets gradient constraints only, as in the authors' code. Weight
     constraints are weighted by the activation's slope, since an error of x is one of z over it; this also drops those
-    that a ReLU hides. Equations are solved by Cholesky's method in float64, with refinement.
+    that a ReLU hides. Equations are solved in float64 by Cholesky's method.
 
     Reference: Zhu, Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021, arXiv 2010.07733
     """
@@ -202,9 +201,5 @@ def _solve(weight: Tensor, z: Tensor, per_channel: Tensor, gradient: Tensor) -> 
     own += (per_channel.mT @ per_channel)[..., None]
     normal.diagonal().add_(RIDGE * normal.diagonal().mean().clamp(min=1e-150))
     factor = torch.linalg.cholesky_ex(normal).L
-    x = torch.zeros_like(normal[0])
-    for _ in range(REFINEMENTS):
-        open_gradient = wanted - per_channel @ x.view(channels, -1).mT
-        right = weight.mT @ (z - weight @ x) + (per_channel.mT @ open_gradient).mT.flatten()
-        x = x + torch.cholesky_solve(right[:, None], factor)[:, 0]
-    return x
+    right = weight.mT @ z + (per_channel.mT @ wanted).mT.flatten()
+    return torch.cholesky_solve(right[:, None], factor)[:, 0]
