@@ -53,7 +53,7 @@ class Facts:
     class_prior: tuple[float, ...] | None = None
     wall_seconds: float | None = None
     model_evaluations: int | None = None
-    target: str = "inputs"
+    target: str = "labels"
 
 
 class Knowledge:
