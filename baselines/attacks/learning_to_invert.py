@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -20,17 +21,17 @@ LAYERS = 3
 class LearningToInvert(Attack):
     """Learning to Invert: a multilayer perceptron trained on simulated updates of auxiliary data.
 
-    Auxiliary inputs go through the task's own client, the granted defense with fresh randomness included, and a net with
-    two hidden layers learns to give them back; its loss is the squared error of each image after the best assignment
-    within a batch. As it learns on what the defense lets through, it is the adaptive attack on any defense.
+    Auxiliary inputs go through the task's own client, the granted defense with fresh randomness included, and a net
+    with two hidden layers learns to give them back; its loss is the squared error of each image after the best
+    assignment within a batch. As it learns on what the defense lets through, it is the adaptive attack on any defense.
 
     Sees: updates, weights, number of inputs, auxiliary data (distributed as the private ones), learning rate and number
     of local steps where more than a gradient is sent; the defense where it is granted, else it trains without. Meant
     for `model_draws: one`: an inverter serves one set of weights, and a model per trial costs a training per trial.
 
     Departures: features are standardised by the simulated updates, since updates of trained nets are tiny, where the
-    released code feeds them as they are. Large updates are hashed into `features` entries with random signs; the size of
-    the paper's hash was not at hand. All updates are simulated ahead of the training, where the released code draws
+    released code feeds them as they are. Large updates are hashed into `features` entries with random signs; the size
+    of the paper's hash was not at hand. All updates are simulated ahead of the training, where the released code draws
     noise and partners anew in each epoch; `simulations` says how many. The paper's sizes are width 3000 (10000 for
     batches of 4), lr 1e-4 and for batches of 4 epochs 5000, on a GPU; the defaults here suit a CPU. The released code
     keeps the epoch that does best on the test images; here the last one counts.
@@ -82,7 +83,7 @@ class LearningToInvert(Attack):
         features = ((updates - mean) / scale).clamp(-LIMIT, LIMIT)
         sizes = [features.shape[2], self.width, self.width, images[0, 0].numel()]
         net: dict[str, Tensor] = {}
-        for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             for name, rows in ((f"weight{i}", fan_in), (f"bias{i}", 1)):
                 net[name] = ((2 * knowledge.rand(rows, fan_out) - 1) / fan_in**0.5).requires_grad_()
         optimiser = torch.optim.Adam(net.values(), lr=self.lr)

@@ -24,6 +24,8 @@ LEAN = 12
 """How much rows that probably have many zeros are preferred in every other draw."""
 ENOUGH = 0.995
 """Share of neurons explained at which the search ends."""
+ROUNDING = 1000
+"""What may pass for a zero, in units of the update's precision: the factorisation multiplies its rounding."""
 CHUNK = 1 << 14
 """Most samples drawn between two looks at what they gave."""
 
@@ -75,6 +77,7 @@ class Layer:
         bias_gradient: (m,).
         weight: (m, n).
         bias: (m,).
+        rounding: See `zeros`.
     """
 
     left: Tensor
@@ -82,6 +85,7 @@ class Layer:
     bias_gradient: Tensor
     weight: Tensor
     bias: Tensor
+    rounding: float
 
     def invert(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs (..., b, n) and the share (...) of neurons whose ReLU they explain, for bases (..., b, b).
@@ -95,16 +99,23 @@ class Layer:
         inputs = (torch.linalg.pinv(basis) @ self.right) / scale[..., None]
         inputs = inputs.nan_to_num(0.0, 0.0, 0.0)
         active = inputs @ self.weight.T + self.bias > 0
-        agree = active == ~zeros(at_output.mT)
+        agree = active == ~zeros(at_output.mT, self.rounding)
         return inputs, agree.double().mean((-2, -1))
 
 
-def zeros(values: Tensor, noise: float = NOISE) -> Tensor:
-    """Mark the entries (..., m) that are zero but for rounding: within ``noise`` times the median of the small ones."""
+def zeros(values: Tensor, rounding: float, noise: float = NOISE) -> Tensor:
+    """Mark the entries (..., m) that are zero but for rounding.
+
+    Args:
+        values: Entries of directions (..., m).
+        rounding: What may pass for zero at the least, in units of a direction's root mean square.
+        noise: How many times the median of the small entries may as well.
+    """
     size = values.abs()
-    near = size <= NEAR_ZERO * size.square().mean(-1, keepdim=True).sqrt()
-    rounding = torch.where(near, size, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
-    return near & (size <= noise * rounding)
+    unit = size.square().mean(-1, keepdim=True).sqrt()
+    near = size <= NEAR_ZERO * unit
+    median = torch.where(near, size, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
+    return near & (size <= torch.maximum(noise * median, rounding * unit))
 
 
 @register("spear", version=1)
@@ -117,14 +128,13 @@ class Spear(Attack):
     L q are found; the bias's gradient gives their scales, and X = Q^-1 R is exact. The expected number of draws grows
     as 2^b / b where half the neurons are off.
 
-    A re-implementation: the paper's code was not at hand. Chosen here: rows come from random orders cut into
-    pieces; in every other order those that many known directions leave off come first, since neurons that are off for
-    some examples are more often off for others (measured on MNIST, 20 inputs, width 200: 10 to 100 times fewer draws); a
-    direction is refined by all the rows it makes zero, the sparsest independent directions are taken first and then
-    exchanged while that raises the share lambda of neurons whose ReLU state the inputs explain, sampling ends early
-    where lambda reaches 0.995, and directions that were not found are filled up by the complement of the found ones,
-    which leaves the inputs they belong to mixed among themselves. Inputs that share a direction, or whose gradient
-    vanishes, are claimed grey.
+    A re-implementation: the paper's code was not at hand. Chosen here: rows come from random orders cut into pieces. In
+    every other order the rows that many known directions make zero come first, since a neuron that is off for some
+    examples is more often off for others. A direction is refined by all the rows it makes zero. The sparsest
+    independent directions are taken first and then exchanged while that raises the share lambda of neurons whose ReLU
+    state the inputs explain. Sampling ends early where lambda reaches 0.995. Directions that were not found are filled
+    up by the complement of the found ones, which leaves the inputs they belong to mixed among themselves. Inputs that
+    share a direction, or whose gradient vanishes, are claimed grey.
 
     Sees: gradient of the first layer, its weights, number of inputs. The gradient's scale cancels, so that the learning
     rate may be unknown; several local steps are met as long as they see the same inputs.
@@ -166,20 +176,28 @@ class Spear(Attack):
         low, high = observation.bounds
         total, trials = observation.inputs_per_client * observation.clients, observation.trials
         weight, bias = (observation.model.parameters[name].double() for name in names)
+        rounding = ROUNDING * torch.finfo(observation.update[names[0]].dtype).eps
         seeds = observation.randint(1 << 62, 1).flatten().tolist()
         shape = observation.input_spec.shape
         claimed = ((low + high) / 2).double().expand(trials, total, *shape).clone()
         mismatch = torch.zeros(trials, dtype=torch.float64)
         for t, (gradient, bias_gradient) in enumerate(zip(*first_layer_gradients(observation, names), strict=True)):
             own = t if len(weight) > 1 else 0
-            inputs, agreement = self._trial(gradient, bias_gradient, weight[own], bias[own], total, seeds[t])
+            inputs, agreement = self._trial(gradient, bias_gradient, weight[own], bias[own], total, seeds[t], rounding)
             claimed[t, : len(inputs)] = inputs.view(-1, *shape)
             mismatch[t] = 1 - agreement
             observation.progress(t + 1, trials, float(mismatch[: t + 1].mean()))
         return Recovery(inputs=claimed.clamp(low, high), visible_loss=mismatch, model_evaluations=0)
 
     def _trial(
-        self, gradient: Tensor, bias_gradient: Tensor, weight: Tensor, bias: Tensor, total: int, seed: int
+        self,
+        gradient: Tensor,
+        bias_gradient: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        total: int,
+        seed: int,
+        rounding: float,
     ) -> tuple[Tensor, float]:
         """Return inputs (b, n), b <= total, and the share of neurons whose ReLU they explain."""
         norms = gradient.norm(dim=1)
@@ -190,13 +208,15 @@ class Spear(Attack):
         u, s, v = torch.linalg.svd(gradient[alive] / scale, full_matrices=False)
         noise = s[total] if len(s) > total else 0
         rank = max(1, int((s[:total] > GAP * noise).sum()))
-        layer = Layer(u[:, :rank], s[:rank, None] * v[:rank], bias_gradient[alive] / scale, weight[alive], bias[alive])
+        layer = Layer(
+            u[:, :rank], s[:rank, None] * v[:rank], bias_gradient[alive] / scale, weight[alive], bias[alive], rounding
+        )
         return self._search(layer, torch.Generator().manual_seed(seed))
 
     def _search(self, layer: Layer, generator: torch.Generator) -> tuple[Tensor, float]:
         """Draw until the directions found explain every ReLU; return inputs and the share that they explain."""
         rank = layer.left.shape[1]
-        found = Directions(layer.left, self.tau)
+        found = Directions(layer.left, self.tau, layer.rounding)
         drawn, chunk = 0, 64
         while True:
             if found.draw(min(chunk, self.samples - drawn), generator):
@@ -229,10 +249,12 @@ class Directions:
     Args:
         left: (m, b) orthonormal columns, the factor L.
         tau: Least share of zeros of L q.
+        rounding: See `zeros`.
     """
 
-    def __init__(self, left: Tensor, tau: float) -> None:
+    def __init__(self, left: Tensor, tau: float, rounding: float) -> None:
         self.left = left
+        self.rounding = rounding
         rows, rank = left.shape
         self.least, self.most = max(rank + 2, tau * rows), SPARE * rank
         self.vectors = left.new_ones(1, 1) if rank == 1 else left.new_zeros(0, rank)
@@ -248,9 +270,11 @@ class Directions:
         wait[::2] /= self._rate().cpu()
         order = wait.argsort(1)
         sets = order[:, : pieces * (rank - 1)].reshape(-1, rank - 1)[:samples].to(self.left.device)
-        drawn = self.left[sets]
+        # The last coordinate is solved for as 1; turned at random, no direction lacks it.
+        turn = torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64)).Q.to(self.left)
+        drawn = (self.left @ turn)[sets]
         free, _ = torch.linalg.solve_ex(drawn[..., :-1], -drawn[..., -1:])
-        vectors = torch.cat([free[..., 0], torch.ones_like(free[:, :1, 0])], 1)
+        vectors = torch.cat([free[..., 0], torch.ones_like(free[:, :1, 0])], 1) @ turn.T
         vectors = vectors[vectors.isfinite().all(1)]
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
         values = vectors @ self.left.T
@@ -264,7 +288,7 @@ class Directions:
         """Return how often each row (m,) is drawn: neurons that some examples leave off, others often do as well."""
         known = self.basis()
         if 2 * len(known) >= self.left.shape[1]:
-            off = zeros(known @ self.left.T).double().mean(0)
+            off = zeros(known @ self.left.T, self.rounding).double().mean(0)
         else:  # a row of small norm has many zeros
             off = -self.left.norm(dim=1)
         return torch.exp(LEAN * off / off.abs().max().clamp(min=1e-9))
@@ -301,14 +325,14 @@ class Directions:
     def _refined(self, vector: Tensor) -> Tensor:
         """Return the null vector of all the rows that ``vector`` makes zero: it averages their rounding."""
         for _ in range(REFINEMENTS):
-            rows = self.left[zeros(self.left @ vector, noise=3)]
+            rows = self.left[zeros(self.left @ vector, self.rounding, noise=3)]
             if len(rows) < len(vector):
                 break
             vector = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, 0]
         return vector
 
     def _add(self, vector: Tensor) -> None:
-        count = zeros(self.left @ vector).sum()
+        count = zeros(self.left @ vector, self.rounding).sum()
         alike = (self.vectors @ vector).abs() >= ALIKE
         if bool((alike & (self.counts >= count)).any()):
             return
