@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from leakbench.errors import InvalidOutput
 from leakbench.metrics import METRICS
@@ -30,6 +29,8 @@ EXACT_DB = 40.0
 
 RECOVERED_GAIN_DB = 6.0
 """Least gain of a recovered image over that image's best floor."""
+
+_C1, _C2 = 0.01**2, 0.03**2  # SSIM's constants for a data range of 1
 
 Measure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 """From matched and true images to (T, N) float64 values by metric; nothing for a metric that cannot be had here."""
@@ -87,12 +88,28 @@ def ssim(matched: Tensor, true: Tensor) -> Tensor:
     if smallest < 6:
         return torch.full(true.shape[:2], torch.nan, dtype=torch.float64)
     border = (min(11, smallest - 1 + smallest % 2) - 1) // 2
+    rows, columns = (_smoothing(size, border) for size in true.shape[-2:])
     values = []
     # One trial at a time: bounds the memory of the five filtered copies and makes a value independent of T.
     for a, b in zip(matched.double(), true.double(), strict=True):
-        _, full = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none", return_full_image=True)
-        values.append(full[..., border:-border, border:-border].flatten(1).mean(dim=1))
+        # The Gaussian is separable: two small products, where a convolution in float64 takes 100 times as long.
+        mean_a, mean_b, aa, bb, ab = rows @ torch.stack([a, b, a * a, b * b, a * b]) @ columns.T
+        similar = (2 * mean_a * mean_b + _C1) / (mean_a**2 + mean_b**2 + _C1)
+        contrast = (aa - mean_a**2).clamp(min=0) + (bb - mean_b**2).clamp(min=0)
+        similar = similar * (2 * (ab - mean_a * mean_b) + _C2) / (contrast + _C2)
+        values.append(similar.flatten(1).mean(dim=1))
     return torch.stack(values)
+
+
+def _smoothing(size: int, border: int) -> Tensor:
+    """Return the matrix (size - 2 * border, size) that smooths a line, reflected at its ends, away from its border."""
+    reach = torch.arange(-5, 6)
+    weights = torch.exp(-(reach.double() / 1.5).square() / 2)
+    centers = torch.arange(border, size - border)
+    sources = (centers[:, None] + reach).abs()
+    sources = torch.where(sources < size, sources, 2 * (size - 1) - sources)
+    matrix = torch.zeros(len(centers), size, dtype=torch.float64)
+    return matrix.scatter_add_(1, sources, (weights / weights.sum()).expand(len(centers), -1))
 
 
 def pixelwise(matched: Tensor, true: Tensor) -> dict[str, Tensor]:
