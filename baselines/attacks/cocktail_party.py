@@ -85,7 +85,7 @@ class CocktailParty(Attack):
         unmix, loss, trace = self._separate(observation, mixed, shape)
         found = inputs_from(unmix.double() @ whiten, rows, bias)
         low, high = observation.bounds
-        inputs = found.unflatten(2, shape).clamp(low, high)
+        inputs = found.reshape(*found.shape[:2], *shape).clamp(low, high)
         return Recovery(inputs=inputs, visible_loss=loss, visible_loss_trace=trace, model_evaluations=0)
 
     def _separate(
@@ -115,13 +115,14 @@ class CocktailParty(Attack):
         """Return the objective (T,) of unit unmixing vectors (T, n, n)."""
         others = 1 - torch.eye(unmix.shape[1]).to(unmix)  # a vector is always like itself: a constant, and a large one
         alike = (((unmix @ unmix.mT).abs() * others * self.temperature).exp() - 1).mean((1, 2))
-        images = (unmix @ mixed).unflatten(2, shape)
+        images = (unmix @ mixed).reshape(*mixed.shape[:2], *shape)
         smooth = images.diff(dim=-1).abs().flatten(1).mean(1) + images.diff(dim=-2).abs().flatten(1).mean(1)
         # log cosh, written so that it does not overflow
         size = (unmix @ centred).abs()
         log_cosh = size + torch.nn.functional.softplus(-2 * size) - 0.6931471805599453
         surprise = log_cosh.mean(2).square().mean(1)
-        return self.decorrelation * alike + self.tv * smooth - self.negentropy * surprise
+        loss: Tensor = self.decorrelation * alike + self.tv * smooth - self.negentropy * surprise
+        return loss
 
 
 def whitening(rows: Tensor, count: int) -> Tensor:
@@ -131,7 +132,8 @@ def whitening(rows: Tensor, count: int) -> Tensor:
     s = s[:, :count]
     floor = torch.finfo(torch.float32).eps * s[:, :1]
     inverse = torch.where(s > floor, 1 / s.clamp(min=torch.finfo(s.dtype).tiny), 0)
-    return (inverse * (rows.shape[2] - 1) ** 0.5)[:, :, None] * u[:, :, :count].mT
+    rotation: Tensor = u[:, :, :count].mT
+    return inverse[:, :, None] * (rows.shape[2] - 1) ** 0.5 * rotation
 
 
 def inputs_from(unmixing: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
@@ -142,4 +144,5 @@ def inputs_from(unmixing: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     components = unmixing @ rows
     mixing = rows @ torch.linalg.pinv(components)
     scale = torch.linalg.pinv(mixing) @ bias[:, :, None]
-    return (components / scale).nan_to_num(0.0, 0.0, 0.0)
+    inputs: Tensor = components / scale
+    return inputs.nan_to_num(0.0, 0.0, 0.0)

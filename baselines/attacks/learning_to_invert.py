@@ -91,7 +91,7 @@ class LearningToInvert(Attack):
         models = torch.arange(len(features), device=features.device)[:, None]
         for epoch in range(self.epochs):
             order = knowledge.rand(features.shape[1]).argsort(1)
-            for picks in order.split(self.batch, 1):
+            for picks in torch.split(order, self.batch, 1):
                 loss = matched_error(inverted(net, features[models, picks]), images[models, picks])
                 optimiser.zero_grad()
                 loss.sum().backward()  # type: ignore[no-untyped-call]
@@ -119,10 +119,10 @@ class LearningToInvert(Attack):
         wanted = min(self.simulations, count) if few else self.simulations
         rounds = -(-wanted * total // count)
         shuffled = torch.cat([knowledge.rand(count).argsort(1) for _ in range(rounds)], 1)
-        picks = shuffled[:, : wanted * total].unflatten(1, (wanted, clients, each))
+        picks = shuffled[:, : wanted * total].reshape(models, wanted, clients, each)
         # Several updates at once need weights that all share, and nothing that draws by trial.
         together = models == 1 and not defended
-        rows = picks[0].split(64) if together else [picks[:, i] for i in range(wanted)]
+        rows = torch.split(picks[0], 64) if together else [picks[:, i] for i in range(wanted)]
         vectors = []
         for row in rows:
             sent = [knowledge.simulate(inputs[row[:, k]], labels[row[:, k]]) for k in range(clients)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,7 @@ def dense_first_layer(knowledge: Knowledge, *, relu: bool) -> tuple[str, str]:
     return weight, bias
 
 
-def first_layer_gradients(observation: Observation, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+def first_layer_gradients(observation: Observation, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return the gradients (T, m, n) and (T, m) of the first layer, up to a common positive factor, as float64."""
     sent = [observation.update[name] for name in names]
     if observation.sends == "weights":
