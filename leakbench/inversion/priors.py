@@ -103,14 +103,18 @@ class BatchNormStatistics(Prior):
 
     def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:
         """Return the penalty (Q,) of inputs (Q, N, *input_shape)."""
-        statistics = {n: v for n, v in rows.observation.bn_statistics.items() if is_running_statistic(n)}
+        granted = rows.observation.bn_statistics.items()
+        statistics = {name: rows.spread(value) for name, value in granted if is_running_statistic(name)}
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in statistics))
+        # Every layer normalises by what the next one's statistics were taken after.
+        model = rows.model.with_state(buffers=statistics)
         penalty = torch.zeros(len(inputs), dtype=inputs.dtype, device=inputs.device)
-        for i, (layer, x) in enumerate(zip(layers, layer_inputs(rows.model, inputs, layers), strict=True)):
+        for i, (layer, x) in enumerate(zip(layers, layer_inputs(model, inputs, layers), strict=True)):
             dims = [d for d in range(x.dim()) if d not in (0, 2)]
-            mean, var = x.mean(dims), x.var(dims, correction=0)
+            count = x[0, :, 0].numel()
+            mean, var = x.mean(dims), x.var(dims, correction=min(1, count - 1))  # unbiased, as the granted ones
             for found, name in ((mean, "running_mean"), (var, "running_var")):
-                wanted = rows.spread(statistics[f"{layer}.{name}"])
+                wanted = statistics[f"{layer}.{name}"]
                 penalty = penalty + (self.first if i == 0 else 1.0) * (found - wanted).norm(dim=1)
         return self.weight * penalty
 
