@@ -30,7 +30,7 @@ class CocktailParty(Attack):
     which its authors chose by the best LPIPS on one batch: an oracle.
 
     Args:
-        steps: Iterations of Adam.
+        steps: Iterations of Adam; no gradient is evaluated, but each counts as one of the suite's budget.
         lr: Its learning rate.
         decorrelation: Weight of the penalty on alike unmixing vectors.
         temperature: Its sharpness.
@@ -97,15 +97,16 @@ class CocktailParty(Attack):
         centred = mixed - mixed.mean(2, keepdim=True)
         optimiser = torch.optim.Adam([free], lr=self.lr)
         trace: list[Tensor] = []
-        for step in range(self.steps):
+        steps = self.steps if observation.budget is None else min(self.steps, observation.budget)
+        for step in range(steps):
             unmix = torch.nn.functional.normalize(free, dim=2)
             loss = self._loss(unmix, mixed, centred, shape)
             (free.grad,) = torch.autograd.grad(loss.sum(), free)
             optimiser.step()
-            if step * (TRACE - 1) % self.steps < TRACE - 1:
+            if step * (TRACE - 1) % steps < TRACE - 1:
                 trace.append(loss.detach())
-            if step * 100 % self.steps < 100:
-                observation.progress(step + 1, self.steps, float(loss.detach().mean()))
+            if step * 100 % steps < 100:
+                observation.progress(step + 1, steps, float(loss.detach().mean()))
         with torch.no_grad():
             unmix = torch.nn.functional.normalize(free, dim=2)
             loss = self._loss(unmix, mixed, centred, shape)
@@ -132,8 +133,8 @@ def whitening(rows: Tensor, count: int) -> Tensor:
     s = s[:, :count]
     floor = torch.finfo(torch.float32).eps * s[:, :1]
     inverse = torch.where(s > floor, 1 / s.clamp(min=torch.finfo(s.dtype).tiny), 0)
-    rotation: Tensor = u[:, :, :count].mT
-    return inverse[:, :, None] * (rows.shape[2] - 1) ** 0.5 * rotation
+    whiten: Tensor = (rows.shape[2] - 1) ** 0.5 * inverse[:, :, None] * u[:, :, :count].mT
+    return whiten
 
 
 def inputs_from(unmixing: Tensor, rows: Tensor, bias: Tensor) -> Tensor:

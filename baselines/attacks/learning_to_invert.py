@@ -38,7 +38,8 @@ class LearningToInvert(Attack):
 
     Args:
         width: Units of each hidden layer.
-        epochs: Passes over the simulated updates; the learning rate falls to a tenth after three quarters.
+        epochs: Passes over the simulated updates, no more than the suite's budget has evaluations; the learning rate
+            falls to a tenth after three quarters.
         lr: Learning rate of Adam.
         batch: Updates of one training step.
         simulations: Most updates to simulate; without a defense and with one input each, no more than there are inputs.
@@ -86,10 +87,11 @@ class LearningToInvert(Attack):
         for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             for name, rows in ((f"weight{i}", fan_in), (f"bias{i}", 1)):
                 net[name] = ((2 * knowledge.rand(rows, fan_out) - 1) / fan_in**0.5).requires_grad_()
+        epochs = self.epochs if knowledge.budget is None else min(self.epochs, knowledge.budget)
         optimiser = torch.optim.Adam(net.values(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [int(0.75 * self.epochs)], gamma=0.1)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [int(0.75 * epochs)], gamma=0.1)
         models = torch.arange(len(features), device=features.device)[:, None]
-        for epoch in range(self.epochs):
+        for epoch in range(epochs):
             order = knowledge.rand(features.shape[1]).argsort(1)
             for picks in torch.split(order, self.batch, 1):
                 loss = matched_error(inverted(net, features[models, picks]), images[models, picks])
@@ -97,7 +99,7 @@ class LearningToInvert(Attack):
                 loss.sum().backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
             schedule.step()
-            knowledge.progress(epoch + 1, self.epochs, float(loss.detach().mean()))
+            knowledge.progress(epoch + 1, epochs, float(loss.detach().mean()))
         return {"mean": mean, "scale": scale} | {name: value.detach() for name, value in net.items()}
 
     def run(self, observation: Observation) -> Recovery:
