@@ -10,11 +10,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from leakbench import Attack, Knowledge, NotGranted, Observation, Recovery, UserError, register
+from leakbench import Attack, Knowledge, NotApplicable, NotGranted, Observation, Recovery, UserError, register
 
 LIMIT = 10.0
 """Largest standardised feature, so that updates of another size cannot overflow the inverter."""
 LAYERS = 3
+REUSE = 10
+"""How many updates are simulated for each auxiliary input, at most."""
 
 
 @register("learning_to_invert", version=1)
@@ -42,7 +44,8 @@ class LearningToInvert(Attack):
             falls to a tenth after three quarters.
         lr: Learning rate of Adam.
         batch: Updates of one training step.
-        simulations: Most updates to simulate; without a defense and with one input each, no more than there are inputs.
+        simulations: Most updates to simulate, at most ten for each auxiliary input; one where there is no defense and
+            an update holds one input, as others would be the same.
         features: Entries of an update that the inverter reads; larger updates are hashed.
 
     Reference: Wu, Chen, Guo, Weinberger, "Learning To Invert: Simple Adaptive Attacks for Gradient Inversion in
@@ -76,6 +79,11 @@ class LearningToInvert(Attack):
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
         """Train an inverter for each of the M models; every tensor returned starts with M."""
+        if knowledge.sends != "gradient":
+            try:
+                _ = knowledge.lr, knowledge.local_steps
+            except NotGranted as error:
+                raise NotApplicable(f"local steps cannot be simulated: {error}") from error
         updates, images = self._simulated(knowledge)
         mean = updates.mean(1, keepdim=True)
         spread = updates.std(1, keepdim=True, correction=0)
@@ -118,7 +126,7 @@ class LearningToInvert(Attack):
         total, models, count = each * clients, knowledge.trials, len(labels)
         defended = is_defended(knowledge)
         few = not defended and total == 1
-        wanted = min(self.simulations, count) if few else self.simulations
+        wanted = min(self.simulations, count * (1 if few else REUSE))
         rounds = -(-wanted * total // count)
         shuffled = torch.cat([knowledge.rand(count).argsort(1) for _ in range(rounds)], 1)
         picks = shuffled[:, : wanted * total].reshape(models, wanted, clients, each)

@@ -141,7 +141,7 @@ class Spear(Attack):
     rate may be unknown; several local steps are met as long as they see the same inputs.
 
     Args:
-        samples: Most sets of rows drawn in a trial.
+        samples: Most sets of rows drawn in a trial, and never more than 1000 * 3^b.
         tau: Least share of zeros of a direction.
         max_batch: Most inputs it is tried on.
 
@@ -218,15 +218,16 @@ class Spear(Attack):
         """Draw until the directions found explain every ReLU; return inputs and the share that they explain."""
         rank = layer.left.shape[1]
         found = Directions(layer.left, self.tau, layer.rounding)
+        samples = min(self.samples, 1000 * 3**rank)  # more hardly find what these did not
         drawn, chunk = 0, 64
         while True:
-            if found.draw(min(chunk, self.samples - drawn), generator):
+            if found.draw(min(chunk, samples - drawn), generator):
                 basis = found.basis()
                 inputs, agreement = layer.invert(found.completed(basis))
                 if len(basis) == rank and agreement >= ENOUGH:
                     break
             drawn, chunk = drawn + chunk, min(2 * chunk, CHUNK)
-            if drawn >= self.samples:
+            if drawn >= samples:
                 return self._exchange(layer, found)
         return inputs, float(agreement)
 
