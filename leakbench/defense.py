@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class DefenseContext:
         states: The harness's store of every part's ``state``.
         batch_norm: How BatchNorm normalises in the client: ``eval`` or ``train``.
         reduction: Of the loss over the batch: ``mean`` or ``sum``.
+        sends: What leaves the client: ``gradient``, ``delta`` or ``weights``.
     """
 
     model: Model
@@ -49,6 +50,7 @@ class DefenseContext:
     states: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict, repr=False)
     batch_norm: BatchNormMode = "eval"
     reduction: Reduction = "mean"
+    sends: Literal["gradient", "delta", "weights"] = "gradient"
 
 
 class Defense(Entry):
@@ -58,7 +60,7 @@ class Defense(Entry):
     """
 
     acts_on: ClassVar[frozenset[str]] = frozenset()
-    """Where it acts: ``model``, ``batch``, ``per_example``, ``step``, ``update``."""
+    """Where it acts: ``model``, ``broadcast``, ``batch``, ``per_example``, ``step``, ``update``."""
     strength: ClassVar[tuple[str, str] | None] = None
     """The swept parameter and which way is stronger: ``("std", "higher")``."""
     merges: ClassVar[int] = 1
@@ -72,6 +74,14 @@ class Defense(Entry):
     def model(self, model: nn.Module) -> nn.Module:
         """Change the architecture before it is trained; the result is what the server holds."""
         return model
+
+    def broadcast(self, weights: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
+        """Change what an adversary on the wire sees of the model that was sent to the client, (T, *shape) by name.
+
+        The client trains on the true weights. A server knows what it sent: a defense that relies on this hook protects
+        against others only.
+        """
+        return weights
 
     def batch(self, inputs: Tensor, labels: Tensor, ctx: DefenseContext) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Change the local batch; labels may become soft (T, B, C) and B may change."""
@@ -103,7 +113,7 @@ class Defense(Entry):
         return getattr(type(self), hook) is not getattr(Defense, hook)
 
 
-HOOKS = ("model", "batch", "per_example", "step", "update")
+HOOKS = ("model", "broadcast", "batch", "per_example", "step", "update")
 """The hooks, in the order in which a client calls them."""
 
 
@@ -166,7 +176,7 @@ class DefenseChain:
             )
 
     def tensors(self, hook: str, tensors: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:
-        """Apply every part's ``per_example``, ``step`` or ``update`` hook.
+        """Apply every part's ``broadcast``, ``per_example``, ``step`` or ``update`` hook.
 
         Raises:
             InvalidOutput: A part returned other names, shapes or dtypes than it was given, or changed its argument.

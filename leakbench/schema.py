@@ -154,6 +154,7 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("feature_checkpoint", _TEXT, "Architecture:sha256 of the net behind feature_distance", nullable=True),
     Field("identification_gallery", _INT, "Images that identification_rank orders", nullable=True),
     Field("visible_loss", _FLOAT, "The attack's own final objective, self-reported, never scored", nullable=True),
+    Field("notes", _TEXT, "Further numbers that the attack reports of itself, JSON, never scored", nullable=True),
     Field("model_evaluations", _INT, "Gradient evaluations of the attack, per trial", nullable=True),
     Field("wall_seconds", _FLOAT, "Attack: wall seconds of the job divided by its trials", nullable=True),
     Field("client_seconds", _FLOAT, "Client and defense: wall seconds of the job divided by its trials", nullable=True),

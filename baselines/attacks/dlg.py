@@ -30,6 +30,10 @@ class DLG(InversionAttack):
     def __init__(
         self, *, steps: int = 300, restarts: int = 1, labels: str = "joint", stop: float | None = 1e-9
     ) -> None:
+        self.steps = steps
+        self.restarts = restarts
+        self.labels = labels
+        self.stop = stop
         self.inversion = Inversion(
             objective=SquaredL2(),
             steps=steps,

@@ -14,8 +14,9 @@ class DLM(InversionAttack):
 
     The true k is one over the learning rate (for one local step). k = 0 with a label that the net predicts anyway makes
     the distance vanish for any input whatever (`log_scale` avoids it), so the iterate and the restart are chosen by
-    DLM+'s distance, which knows no scale; the k of the claim is recorded. Re-implementation of the objective in the
-    authors' code; no prior, no box.
+    DLM+'s distance, which knows no scale; the k of the claim is recorded. With labels that are optimised too k means
+    little: a less certain label makes a longer gradient. Re-implementation of the objective in the authors' code; no
+    prior, no box.
 
     Sees: the change of all weights in one or more local steps, weights, number of inputs; no learning rate.
 
@@ -47,6 +48,13 @@ class DLM(InversionAttack):
     ) -> None:
         if scale <= 0:
             raise UserError(f"dlm: expected a positive scale such as 1 / (learning rate), got {scale}")
+        self.scale = scale
+        self.log_scale = log_scale
+        self.steps = steps
+        self.optimiser = optimiser
+        self.lr = lr
+        self.labels = labels
+        self.restarts = restarts
         self.inversion = Inversion(
             objective=JointScale(scale=scale, log=log_scale),
             steps=steps,

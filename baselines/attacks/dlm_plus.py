@@ -51,6 +51,12 @@ class DLMPlus(InversionAttack):
         restarts: int = 1,
         stop: float | None = 1e-9,
     ) -> None:
+        self.steps = steps
+        self.optimiser = optimiser
+        self.lr = lr
+        self.labels = labels
+        self.restarts = restarts
+        self.stop = stop
         self.inversion = Inversion(
             objective=MeanNorm(),
             steps=steps,

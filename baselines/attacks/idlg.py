@@ -37,6 +37,9 @@ class IDLG(InversionAttack):
     reads = ("labels:head.weight", "inputs:*")
 
     def __init__(self, *, steps: int = 300, restarts: int = 1, stop: float | None = 1e-6) -> None:
+        self.steps = steps
+        self.restarts = restarts
+        self.stop = stop
         self.inversion = Inversion(
             objective=SquaredL2(),
             steps=steps,

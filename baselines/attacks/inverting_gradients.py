@@ -43,6 +43,12 @@ class InvertingGradients(InversionAttack):
         labels: str = "llg",
         unroll: bool = False,
     ) -> None:
+        self.steps = steps
+        self.tv = tv
+        self.lr = lr
+        self.restarts = restarts
+        self.labels = labels
+        self.unroll = unroll
         self.inversion = Inversion(
             objective=Cosine(),
             priors=(TotalVariation(weight=tv),),

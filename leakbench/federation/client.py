@@ -86,20 +86,7 @@ class Client:
             order = batch_order(protocol, self.batch_size).expand(labels.shape[0], -1, -1)
         for step in range(protocol.local_steps):
             index = order[:, step].to(inputs.device)
-            ctx = DefenseContext(
-                model=trained,
-                inputs=_take(inputs, index),
-                labels=_take(labels, index),
-                loss=None,
-                round=round_index,
-                client=client,
-                local_step=step,
-                lr=protocol.lr,
-                random=random.at(round_index, client, step),
-                states=state.defense,
-                batch_norm=protocol.batch_norm,
-                reduction=protocol.reduction,
-            )
+            ctx = self._context(trained, inputs, labels, index, random, state, (round_index, client, step))
             grads, trained, ctx = self._gradient(trained, ctx, computed, create_graph=create_graph)
             if not single:
                 trained = self._descend(trained, grads, velocity)
@@ -109,6 +96,64 @@ class Client:
         if protocol.send_buffers:
             update = {**update, **state.buffers}
         return update if names is None else {name: v for name, v in update.items() if name in names}
+
+    def shown(
+        self,
+        model: Model,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        random: TrialRandom,
+        state: ClientState,
+        round_index: int,
+        client: int,
+    ) -> dict[str, Tensor]:
+        """Return what an adversary sees of the model that T clients got, where a defense changes it; else nothing.
+
+        Args:
+            model: The model they received, M = 1 or T.
+            inputs: (T, N, *input_shape) their examples.
+            labels: (T, N).
+            random: Streams of the defense.
+            state: As for `update`.
+            round_index: Index of the round.
+            client: Index of the client.
+        """
+        if not self.defense.acts_in("broadcast"):
+            return {}
+        index = batch_order(self.protocol, self.batch_size)[0].expand(len(labels), -1)
+        ctx = self._context(model, inputs, labels, index, random, state, (round_index, client, 0))
+        weights = {name: value.expand(len(labels), *value.shape[1:]) for name, value in model.parameters.items()}
+        shown = self.defense.tensors("broadcast", weights, ctx)
+        return shown if any(shown[name] is not value for name, value in weights.items()) else {}
+
+    def _context(
+        self,
+        model: Model,
+        inputs: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        random: TrialRandom,
+        state: ClientState,
+        moment: tuple[int, int, int],
+    ) -> DefenseContext:
+        """Return what hooks see at ``moment`` (round, client, local step) of the batch ``index`` (T, B)."""
+        protocol, (round_index, client, step) = self.protocol, moment
+        return DefenseContext(
+            model=model,
+            inputs=_take(inputs, index),
+            labels=_take(labels, index),
+            loss=None,
+            round=round_index,
+            client=client,
+            local_step=step,
+            lr=protocol.lr,
+            random=random.at(*moment),
+            states=state.defense,
+            batch_norm=protocol.batch_norm,
+            reduction=protocol.reduction,
+            sends=protocol.sends,
+        )
 
     def _gradient(
         self, model: Model, ctx: DefenseContext, names: Collection[str] | None, *, create_graph: bool

@@ -312,7 +312,7 @@ def default_chunk(observation: Observation, restarts: int) -> int:
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         limit = free // (4 * 8)
-    return max(1, min(observation.trials, 256 // restarts if model.device.type == "cpu" else 2**20, limit // row))
+    return max(1, min(256 // restarts if model.device.type == "cpu" else 2**20, limit // row))
 
 
 def _counts(classes: Tensor, num_classes: int) -> Tensor:

@@ -202,7 +202,7 @@ class _LBFGSRows:
 
     def _evaluate(self, evaluate: Evaluate) -> tuple[Tensor, Tensor]:
         value, gradients = evaluate()
-        return value, torch.cat([gradients[name].flatten(1) for name in self.leaves], 1)
+        return value, torch.cat([gradients[name].reshape(len(value), -1) for name in self.leaves], 1)
 
     def _move(self, move: Tensor) -> None:
         with torch.no_grad():

@@ -79,7 +79,8 @@ class L2Norm(Prior):
 
     def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:  # noqa: ARG002
         """Return the penalty (Q,) of inputs (Q, N, *input_shape)."""
-        return self.weight * inputs.flatten(2).norm(dim=2).mean(1)
+        lengths: Tensor = torch.linalg.vector_norm(inputs.flatten(2), dim=2)
+        return self.weight * lengths.mean(1)
 
 
 @dataclass(frozen=True, kw_only=True)

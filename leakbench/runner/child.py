@@ -35,6 +35,8 @@ from leakbench.tasks import Architecture, InputSpec, Protocol
 NO_LIMIT = 1 << 62
 STATISTICS = "statistics/"
 """Leads the names of granted BatchNorm statistics among an update's tensors."""
+SHOWN = "shown/"
+"""Leads the names of the model's tensors as an adversary sees them, where a defense changes that."""
 TRACEBACK_LIMIT = 4000
 
 Reply = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
@@ -134,6 +136,16 @@ class ClientRole:
                 client=k,
             )
             update |= {f"{STATISTICS}{n}": v for n, v in self._statistics(model, k).items()}
+            shown = self.client.shown(
+                model,
+                self.inputs[:, k],
+                self.labels[:, k],
+                random=self.random,
+                state=self.states[k],
+                round_index=message.body["round"],
+                client=k,
+            )
+            update |= {f"{SHOWN}{n}": v for n, v in shown.items()}
             total.add({name: tensor.detach() for name, tensor in update.items()})
         trials = self.labels.shape[0]
         sent = {n: v.expand(trials, *v.shape[1:]).to("cpu") for n, v in total.mean().items()}
@@ -204,7 +216,7 @@ class AttackRole:
 
     def plant(self, message: Message) -> Reply:
         """Run `Attack.plant`."""
-        updates, _ = self._updates(message)
+        updates, _, _ = self._updates(message)
         result = self.attack.plant(self.honest, self.shape.clients, updates)
         if not isinstance(result, dict) or not all(isinstance(v, Tensor) for v in result.values()):
             raise InvalidOutput("plant() must return a dict of tensors")
@@ -217,7 +229,9 @@ class AttackRole:
 
     def run(self, message: Message) -> Reply:
         """Run `Attack.run` and check what it returns."""
-        updates, statistics = self._updates(message)
+        updates, statistics, shown = self._updates(message)
+        if shown and self.knowledge["model"] is not None:
+            self.knowledge["model"] = self.knowledge["model"].with_state(parameters=shown)
         seen = Seen(updates, _to(self.labels, self.device), _to(self.order, self.device), self.prepared, statistics)
         observation = Observation(seen, **self.knowledge)
         recovery = self.shape.check(self.attack.run(observation), type(self.attack).recovers)
@@ -225,15 +239,19 @@ class AttackRole:
         count = observation.evaluations if evaluations is None else evaluations
         return "recovery", {"model_evaluations": int(count)}, {"recovery": recovery.tensors()}
 
-    def _updates(self, message: Message) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Return the rounds' updates, and the BatchNorm statistics that came with the last one."""
+    def _updates(self, message: Message) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+        """Return the rounds' updates, and with the last one its BatchNorm statistics and the model as it was shown."""
         names = sorted((n for n in message.blobs if n.startswith("update")), key=lambda n: int(n[6:]))
-        updates, statistics = [], dict[str, Tensor]()
+        updates, statistics, shown = [], dict[str, Tensor](), dict[str, Tensor]()
         for name in names:
             sent = {k: v.to(self.device, self.dtype) for k, v in message.tensors(name).items()}
-            statistics = {k.removeprefix(STATISTICS): v for k, v in sent.items() if k.startswith(STATISTICS)}
-            updates.append({k: v for k, v in sent.items() if not k.startswith(STATISTICS)})
-        return updates, statistics
+            statistics, shown = (_led(sent, lead) for lead in (STATISTICS, SHOWN))
+            updates.append({k: v for k, v in sent.items() if not k.startswith((STATISTICS, SHOWN))})
+        return updates, statistics, shown
+
+
+def _led(tensors: Mapping[str, Tensor], lead: str) -> dict[str, Tensor]:
+    return {name.removeprefix(lead): value for name, value in tensors.items() if name.startswith(lead)}
 
 
 @dataclass(frozen=True)

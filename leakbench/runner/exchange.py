@@ -16,7 +16,7 @@ from leakbench.errors import InvalidOutput, NotApplicable
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.provenance import code_sha256
 from leakbench.runner.artefacts import Artefact
-from leakbench.runner.child import STATISTICS
+from leakbench.runner.child import SHOWN, STATISTICS
 from leakbench.runner.children import Child
 from leakbench.runner.grant import granted_facts, read_names
 from leakbench.runner.plan import Job
@@ -64,6 +64,7 @@ class Exchange:
         self.data = shop.scenes.dataset(job.task)
         self.order = shop.scenes.order(job.task, job.trials)
         self.names = read_names(job.attack.description.reads, weights, job.task.protocol, job.task.target)
+        self.shows = any("broadcast" in part.description.acts_on for part in job.defense)
         self.stack = ExitStack()
 
     def run(self) -> None:
@@ -96,7 +97,9 @@ class Exchange:
     def _client_child(self) -> Child:
         """Start the client."""
         job, task = self.job, self.task
-        numbers = self.weights.numel([*self.names, *self.weights.buffers])
+        numbers = self.weights.numel(
+            [*self.names, *self.weights.buffers, *(self.weights.parameters if self.shows else ())]
+        )
         self.outcome.update_bytes = 8 * numbers * len(job.trials) + SLACK_BYTES
         child = self.stack.enter_context(self.shop.spawn(job, self.outcome.update_bytes))
         blobs = {
@@ -153,6 +156,8 @@ class Exchange:
         with blaming("client"):
             tensors = message.tensors("update")
             got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            if self.shows and any(name.startswith(SHOWN) for name in got):
+                expected |= {f"{SHOWN}{n}": (trials, *v.shape[1:]) for n, v in self.weights.parameters.items()}
             if got != expected:
                 raise InvalidOutput(f"sent tensors {_brief(got)}, expected {_brief(expected)}")
             for name, tensor in tensors.items():

@@ -118,6 +118,9 @@ def job_rows(
     recovery = outcome.recovery
     if recovery is not None:
         fixed["model_evaluations"] = recovery.model_evaluations
+        if recovery.notes:
+            notes = {name: torch.as_tensor(value).tolist() for name, value in recovery.notes.items()}
+            columns["notes"] = [json.dumps({n: values[t] for n, values in notes.items()}) for t in range(count)]
         if recovery.visible_loss is not None:
             columns["visible_loss"] = recovery.visible_loss.double().tolist()
     return [{**fixed, **{name: values[t] for name, values in columns.items()}} for t in range(count)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import tiny
 import torch
@@ -41,6 +43,12 @@ def test_every_attack_accepts_some_task(cls):
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("cls", ATTACKS)
+def test_an_instance_tells_the_parameters_it_was_made_with(cls):
+    signature = inspect.signature(cls).parameters
+    assert cls().params() == {name: parameter.default for name, parameter in signature.items()}
 
 
 @pytest.mark.parametrize("block", PROTOCOLS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import tiny
 import torch
@@ -17,6 +19,12 @@ def distortion(block, defense):
     """Return, per trial, how far the update is from the undefended one."""
     clean, sent = block.update(), block.update(defense=defense)
     return torch.stack([(sent[n] - clean[n]).flatten(1).square().sum(1) for n in clean]).sum(0).sqrt()
+
+
+@pytest.mark.parametrize("cls", DEFENSES)
+def test_an_instance_tells_the_parameters_it_was_made_with(cls):
+    signature = inspect.signature(cls).parameters
+    assert cls().params() == {name: parameter.default for name, parameter in signature.items()}
 
 
 @pytest.mark.parametrize("block", BLOCKS)

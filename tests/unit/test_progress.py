@@ -66,6 +66,8 @@ def test_what_is_logged_is_shown_while_the_run_lasts():
         ({}, ""),
         ({"done": 3, "total": 10}, " step 3/10"),
         ({"done": 3, "total": 10, "loss": 1e-7}, " step 3/10, objective 1e-07"),
+        ({"done": 3, "total": 10, "loss": 0.5, "rate": 2.0}, " step 3/10, objective 0.5, 2 it/s, 4 s left"),
+        ({"done": 3, "total": 10, "rate": 0.0}, " step 3/10"),
         ({"done": "x" * 99, "total": 10, "loss": float("nan")}, ""),
         ({"done": [1], "total": None, "loss": "\x1b[2J"}, ""),
     ],
