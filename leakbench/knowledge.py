@@ -296,6 +296,8 @@ class Knowledge:
         self.evaluations += protocol.local_steps
         client = Client(protocol, self.batch_size, (self._defense if defended else None) or DefenseChain())
         random = self._random.at("simulate", self.evaluations)
+        if len(labels) != self.trials:  # more rows than trials: each has noise of its own
+            random = random.rows(-(-len(labels) // self.trials)).part(0, len(labels))
         return client.update(model or self.model, inputs, labels, random=random, order=order, create_graph=create_graph)
 
     def randn(self, *shape: int) -> Tensor:

@@ -42,6 +42,10 @@ class TrialRandom:
         path = json.dumps(names, separators=(",", ":")).encode()
         return self._with([hashlib.sha256(seed + path).digest() for seed in self._seeds])
 
+    def rows(self, count: int) -> TrialRandom:
+        """Return ``count`` independent streams of every trial, for T * count rows, those of a trial side by side."""
+        return self._with([hashlib.sha256(seed + b"%d" % row).digest() for seed in self._seeds for row in range(count)])
+
     def part(self, first: int, last: int) -> TrialRandom:
         """Return the streams of trials ``first`` to ``last`` (exclusive) from their beginning."""
         return self._with(self._seeds[first:last])

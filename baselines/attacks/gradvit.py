@@ -22,8 +22,8 @@ class GradViT(InversionAttack):
     vision transformer as in timm, with a position embedding (others are declined); labels where granted.
 
     A re-implementation: the paper's prior from the BatchNorm statistics of another, self-supervised ResNet-50 is left
-    out, as no such net is granted; the other priors count from the first step, where the paper lets the first half of
-    the steps match gradients only; the weights of the priors are chosen here.
+    out, as no such net is granted; the weights of the other priors are chosen here. As in the paper the first half of
+    the steps matches gradients only; the iterate with the least objective is sought in the second half.
 
     Args:
         steps: Iterations; the paper takes 120,000.
@@ -59,6 +59,7 @@ class GradViT(InversionAttack):
             optimiser=Adam(lr=lr, schedule="cosine"),
             steps=steps,
             restarts=restarts,
+            late=0.5,
             labels=labels,
         )
 

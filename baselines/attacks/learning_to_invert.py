@@ -130,8 +130,7 @@ class LearningToInvert(Attack):
         rounds = -(-wanted * total // count)
         shuffled = torch.cat([knowledge.rand(count).argsort(1) for _ in range(rounds)], 1)
         picks = shuffled[:, : wanted * total].reshape(models, wanted, clients, each)
-        # Several updates at once need weights that all share, and nothing that draws by trial.
-        together = models == 1 and not defended
+        together = models == 1  # several updates at once need weights that all share
         rows = torch.split(picks[0], 64) if together else [picks[:, i] for i in range(wanted)]
         vectors = []
         for row in rows:

@@ -42,10 +42,12 @@ class Inversion:
         stop: A row whose distance falls below this rests from then on; never where None.
         noise: Standard deviation of normal noise that is added to the inputs' gradient (Langevin), times the step size
             of the moment.
+        late: Share of the steps after which the priors count; before, the distance alone does. The best iterate is
+            sought from then on.
         chunk: Trials computed at once; by the shapes and the memory at hand where None.
 
     Raises:
-        UserError: ``steps`` or ``restarts`` is below 1.
+        UserError: ``steps`` or ``restarts`` is below 1, or ``late`` is no share.
     """
 
     objective: Objective
@@ -58,11 +60,14 @@ class Inversion:
     labels: str = "llg"
     stop: float | None = None
     noise: float = 0.0
+    late: float = 0.0
     chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.restarts < 1:
             raise UserError(f"expected steps and restarts of at least 1, got {self.steps} and {self.restarts}")
+        if not 0 <= self.late < 1:
+            raise UserError(f"expected 0 <= late < 1, got {self.late}")
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
         """Do what `Attack.prepare` has to do for an inversion: prepare the label attack, decline unsuitable tasks.
@@ -159,6 +164,7 @@ class _Search:
         restarts: int,
     ) -> None:
         self.inversion = inversion
+        self.priors = () if inversion.late else inversion.priors
         self.observation = observation
         count = observation.inputs_per_client * observation.clients
         space, dtype = inversion.space, observation.model.dtype
@@ -190,7 +196,10 @@ class _Search:
     def run(self, steps: int, clock: _Clock) -> _Found:
         """Take ``steps`` steps; return the best iterate of the best restart."""
         step = self.inversion.optimiser.start(self.leaves, steps)
+        begin = min(math.ceil(self.inversion.late * steps), steps - 1)
         for i in range(steps):
+            if i == begin:
+                self.priors, self.least = self.inversion.priors, torch.full_like(self.least, math.inf)
             resting = {name: leaf.detach().clone() for name, leaf in self.leaves.items()} if self._rests() else {}
             self.step_size = self.inversion.optimiser.step_size(i, steps)
             step(self._evaluate)
@@ -224,7 +233,7 @@ class _Search:
         compared = self.inversion.source.compare(self.rows, inputs, labels, leaves, elementwise=objective.elementwise)
         distance = objective(compared, leaves)
         penalty = torch.zeros_like(distance)
-        for prior in self.inversion.priors:
+        for prior in self.priors:
             penalty = penalty + prior(inputs, self.rows)
         with torch.no_grad():
             score = objective.score(compared, leaves)

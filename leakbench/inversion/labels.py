@@ -7,7 +7,7 @@ from torch import Tensor
 
 from leakbench.attack import FACTS, NEEDS, Attack
 from leakbench.entries import parse_expression
-from leakbench.errors import NotApplicable, NotGranted, UserError
+from leakbench.errors import NotGranted, UserError
 from leakbench.knowledge import Knowledge
 from leakbench.observation import Observation
 from leakbench.runner.loading import load_entry
@@ -50,13 +50,13 @@ class LabelSource:
         """Return what the label attack prepares, under names of its own.
 
         Raises:
-            NotApplicable: The label attack needs what the task does not grant.
+            NotGranted: The label attack needs what the task does not grant.
         """
         if self.joint or knowledge.grants("labels"):
             return {}
         missing = [need for need in sorted(self.attack.needs & _GRANTS) if not knowledge.grants(need)]
         if missing:
-            raise NotApplicable(f"labels={self.name!r} needs {', '.join(missing)}; give another label attack")
+            raise NotGranted(f"labels={self.name!r} needs {', '.join(missing)}; give another label attack")
         return {_PREFIX + name: value for name, value in self.attack.prepare(knowledge.asking("labels")).items()}
 
     def labels(self, observation: Observation) -> Tensor | None:

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 import leakbench
+import leakbench.inversion
 from leakbench.attack import NEEDS
 from leakbench.defense import HOOKS, Defense
 
@@ -66,9 +67,12 @@ def test_baseline_imports_public_names_only(stem, cls):
             modules = [node.module or ""]
             if node.module == "leakbench":
                 assert {alias.name for alias in node.names} <= set(leakbench.__all__)
+            if node.module == "leakbench.inversion":
+                assert {alias.name for alias in node.names} <= set(leakbench.inversion.__all__)
         for module in modules:
             top = module.split(".")[0]
-            assert module == "leakbench" or top in LIBRARIES or top in sys.stdlib_module_names
+            public = module in ("leakbench", "leakbench.inversion")
+            assert public or top in LIBRARIES or top in sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(("stem", "cls"), [pytest.param(s, c, id=s) for s, c in ATTACKS])

@@ -12,7 +12,7 @@ import leakbench_baselines
 import torch
 from sklearn.datasets import load_digits
 
-from leakbench import Attack, Defense, Knowledge, Observation
+from leakbench import Attack, Defense, Knowledge, NotApplicable, NotGranted, Observation
 from leakbench.attack import RecoveryShape
 from leakbench.defense import DefenseChain
 from leakbench.federation.aggregation import StreamedSum
@@ -126,7 +126,10 @@ class Tiny:
     def attack(self, attack, *, update=None):
         """Prepare and run ``attack`` on the tensors it reads, as the harness does; returns the checked recovery."""
         target = "inputs" if "inputs" in type(attack).recovers else "labels"
-        prepared = attack.prepare(Knowledge(**self.knowledge(2, None if self.own_models else 1, target)))
+        try:
+            prepared = attack.prepare(Knowledge(**self.knowledge(2, None if self.own_models else 1, target)))
+        except NotGranted as error:  # here, before an update was seen, it declines the task
+            raise NotApplicable(str(error)) from None
         names = read_names(attack.reads, self.model, self.protocol, target)
         seen = {name: value for name, value in (update or self.update()).items() if name in names}
         labels = self.victims[1] if "labels" in self.granted else None

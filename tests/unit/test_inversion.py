@@ -367,7 +367,7 @@ def test_any_label_attack_can_come_first(name):
 
 def test_a_label_attack_prepares_and_declines_like_any_other():
     observation, _, _ = observe(trials=2, labels=False)
-    with pytest.raises(NotApplicable, match="auxiliary"):
+    with pytest.raises(NotGranted, match="auxiliary"):
         Inversion(objective=Cosine(), steps=1, labels="llg_plus").prepare(observation)
     with pytest.raises(UserError, match="Did you mean"):
         Inversion(objective=Cosine(), steps=1, labels="lgl").prepare(observation)

@@ -24,7 +24,7 @@ from torch.func import functional_call
 from leakbench import Knowledge, NotApplicable, Observation, UserError
 from leakbench.federation.client import Client, batch_order
 from leakbench.federation.statistics import batch_statistics
-from leakbench.inversion import BatchNormStatistics, OneStep, Rows, Surrogate
+from leakbench.inversion import BatchNormStatistics, Cosine, Inversion, OneStep, Prior, Rows, Surrogate
 from leakbench.inversion.networks import ConvolutionalPrior
 from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
@@ -297,6 +297,35 @@ def test_a_transformers_gradients_are_matched():
     # An untrained transformer hardly minds which patch is where, so that its gradients match long before its images.
     trace = GradViT(steps=100).run(observation).visible_loss_trace
     assert (trace[:, -1] < 0.1 * trace[:, 0]).all()
+
+
+class _Counted(Prior):
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, inputs, rows):
+        self.calls += 1
+        return inputs.flatten(1).square().mean(1)
+
+
+@pytest.mark.parametrize(("late", "calls"), [(0.0, 11), (0.5, 6), (0.99, 2)])
+def test_late_priors_count_from_their_share_of_the_steps_on(late, calls):
+    prior = _Counted()
+    inversion = Inversion(objective=Cosine(), steps=10, priors=(prior,), late=late)
+    inversion.run(seen()[0])
+    assert prior.calls == calls
+
+
+def test_the_best_iterate_is_sought_among_those_the_priors_judged():
+    class Heavy(_Counted):
+        def __call__(self, inputs, rows):
+            return 1e3 + 100 * super().__call__(inputs, rows)
+
+    observation, _, _ = seen()
+    # By distance alone any iterate without the penalty would win.
+    free = Inversion(objective=Cosine(), steps=40).run(observation).inputs
+    drawn = Inversion(objective=Cosine(), steps=40, priors=(Heavy(),), late=0.5).run(observation).inputs
+    assert drawn.square().mean() < 0.5 * free.square().mean()
 
 
 def test_nets_without_position_embedding_are_declined():

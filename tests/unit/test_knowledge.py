@@ -195,9 +195,17 @@ def test_draws_are_those_of_the_attacks_own_streams():
 
 def test_progress_is_reported():
     reports = []
-    Knowledge(**Scene().knowledge(), report=reports.append).progress(1, 2, 0.5)
+    Knowledge(**Scene().knowledge(), report=reports.append).progress(1, 2, 0.5, rate=8.0)
     Knowledge(**Scene().knowledge()).progress(1, 2)
-    assert reports == [{"done": 1, "total": 2, "loss": 0.5}]
+    assert reports == [{"done": 1, "total": 2, "loss": 0.5, "rate": 8.0}]
+
+
+def test_rows_beyond_the_trials_have_noise_of_their_own():
+    knowledge = Knowledge(**Scene().knowledge())
+    streams = knowledge._random.rows(3)
+    assert streams.trials == 3 * T
+    assert len({tuple(row.tolist()) for row in streams.randn(4)}) == 3 * T
+    torch.testing.assert_close(streams.part(3, 6).randn(2), knowledge._random.part(1, 2).rows(3).randn(2))
 
 
 # --- what the attacker can compute ------------------------------------------------------------------------------------
