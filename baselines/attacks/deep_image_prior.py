@@ -7,8 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from leakbench import Knowledge, NotApplicable, Observation, Recovery, UserError, register
-from leakbench.inversion import Adam, Cosine, Inversion, InversionAttack, TotalVariation
-from leakbench.inversion.networks import ConvolutionalPrior
+from leakbench.inversion import Adam, ConvolutionalPrior, Cosine, Inversion, InversionAttack, TotalVariation
 
 
 @register("deep_image_prior", version=1)

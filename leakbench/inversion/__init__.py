@@ -1,6 +1,7 @@
 """The shared engine of optimisation attacks: a published attack names its objective, priors, optimiser and start."""
 
 from leakbench.inversion.engine import Inversion, InversionAttack
+from leakbench.inversion.networks import ConvolutionalPrior
 from leakbench.inversion.objectives import (
     Comparison,
     Cosine,
@@ -30,6 +31,7 @@ __all__ = [
     "Adam",
     "BatchNormStatistics",
     "Comparison",
+    "ConvolutionalPrior",
     "Cosine",
     "FeatureMatch",
     "GroupConsistency",
