@@ -7,6 +7,7 @@ grouped convolutions.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench.models.batch_norm import ExplicitBatchNorm
+from leakbench.models.double import frozen_layers
 from leakbench.models.functional import Model
 from leakbench.models.small import Classifier
 
@@ -87,7 +89,8 @@ def tap(
         with model.lock:
             hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
             try:
-                logits, _, _ = model.call(state, inputs.flatten(0, 1), train=False)
+                with frozen_layers(model.module) if create_graph else nullcontext():
+                    logits, _, _ = model.call(state, inputs.flatten(0, 1), train=False)
             finally:
                 for handle in hooks:
                     handle.remove()
