@@ -14,7 +14,11 @@ from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
 
-SPEC = InputSpec(shape=(1, 8, 8))
+
+def digits():
+    """Return scikit-learn's digits, (1797, 1, 8, 8) in [0, 1], and their labels."""
+    data = load_digits()
+    return torch.tensor(data.images)[:, None] / 16, torch.tensor(data.target)
 
 
 def observe(
@@ -30,16 +34,21 @@ def observe(
     scale=1.0,
     withheld=(),
     reports=None,
+    dataset=None,
     **protocol,
 ):
-    """Return what the attacker sees, the private inputs (T, N, 1, 8, 8) in [0, 1], and their labels (T, N)."""
-    data = load_digits()
+    """Return what the attacker sees, the private inputs (T, N, *shape) in [0, 1], and their labels (T, N).
+
+    ``dataset`` is images (n, *shape) in [0, 1] and labels (n,); digits where None.
+    """
+    images, targets = dataset or digits()
+    spec = InputSpec(shape=tuple(images.shape[1:]))
     protocol = Protocol(precision=str(dtype).removeprefix("torch."), **protocol)
     count = batch * protocol.local_batches
     picks = torch.randint(0, 1500, (trials, count), generator=torch.Generator().manual_seed(5))
-    inputs, classes = torch.tensor(data.images, dtype=dtype)[picks][:, :, None] / 16, torch.tensor(data.target)[picks]
+    inputs, classes = images[picks].to(dtype), targets[picks]
     net = net or Architecture(name="lenet_zhu", init="uniform(0.5)")
-    model = build_model(net, SPEC.shape, 10, seeds=range(trials if own_models else 1)).to(dtype=dtype)
+    model = build_model(net, spec.shape, 10, seeds=range(trials if own_models else 1)).to(dtype=dtype)
     random = TrialRandom(torch.arange(trials * 32).reshape(trials, 32).to(torch.uint8))
     client = Client(protocol, batch, DefenseChain([defense] if defense else []))
     state = ClientState()
@@ -48,7 +57,7 @@ def observe(
     facts = Facts(
         granted=ThreatModel(labels=labels, **dict.fromkeys(withheld, False)).granted(),
         protocol=protocol,
-        input_spec=SPEC,
+        input_spec=spec,
         normalised=False,
         num_classes=10,
         batch_size=batch,
