@@ -126,6 +126,11 @@ class Knowledge:
         return self._facts.clients
 
     @property
+    def reduction(self) -> str:
+        """Of the loss over a batch: ``mean`` or ``sum``."""
+        return self._facts.protocol.reduction
+
+    @property
     def budget(self) -> int | None:
         """Gradient evaluations per trial that the suite allows; None is unlimited."""
         return self._facts.model_evaluations

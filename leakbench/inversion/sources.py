@@ -33,7 +33,7 @@ class Source(ABC):
         if units == "gradient":
             names = observation.model.parameters
             found = {name: value for name, value in observation.gradient.items() if name in names}
-            return {name: value / _local_steps(observation) for name, value in found.items()}
+            return {name: value * _per_step(observation) for name, value in found.items()}
         difference = update_difference(observation)
         return difference if units == "difference" else unit_direction(difference)
 
@@ -115,7 +115,9 @@ class Unrolled(Source):
     local_steps: int | None = None
 
     def check(self, knowledge: Knowledge) -> None:
-        """Decline a task that withholds what is not guessed."""
+        """Decline an aggregate, and a task that withholds what is not guessed."""
+        if knowledge.clients > 1:
+            raise NotApplicable("unrolling follows the local steps of one client; here several are added up")
         if knowledge.sends != "gradient":
             _ = self.lr or knowledge.lr, self.local_steps or knowledge.local_steps
 
@@ -191,5 +193,9 @@ class Surrogate(Source):
         return rows.observation.gradients(inputs, labels, names=list(rows.target), model=model)
 
 
-def _local_steps(observation: Observation) -> int:
-    return 1 if observation.sends == "gradient" else observation.local_steps
+def _per_step(observation: Observation) -> float:
+    """Return what turns the sum of the local steps' gradients, averaged over clients, into one of all inputs' batch."""
+    steps = 1 if observation.sends == "gradient" else observation.local_steps
+    if observation.reduction == "mean":
+        return 1 / steps
+    return observation.clients * observation.inputs_per_client / observation.batch_size / steps

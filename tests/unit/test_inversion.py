@@ -312,6 +312,25 @@ def test_unrolled_steps_match_the_true_inputs_exactly_where_one_step_does_not():
         assert bool((Cosine()(compared, {}) < 1e-12).all()) == exact
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_true_inputs_of_small_steps_on_several_batches_match_the_target_in_scale(reduction):
+    # Steps so small that the weights hardly move: the update is that of all inputs in one batch.
+    observation, true, labels = observe(
+        trials=2,
+        batch=2,
+        sends="delta",
+        local_steps=6,
+        batches="epochs",
+        batches_per_epoch=3,
+        lr=1e-7,
+        reduction=reduction,
+    )
+    source = Inversion(objective=SquaredL2(), steps=1).source
+    rows = Rows(observation, 1, observation.model, source.target(observation, "gradient"), labels)
+    compared = source.compare(rows, true, labels, {}, elementwise=True)
+    assert (SquaredL2()(compared, {}) < 1e-6 * compared.goal.sum(1)).all()
+
+
 def test_unrolling_beats_one_step_after_many_large_local_steps():
     observation, true, _ = observe(trials=3, net=MLP, sends="delta", local_steps=8, batches="same", lr=1.0)
     unrolled, plain = (
