@@ -6,16 +6,17 @@ For a linear layer with inputs A (B, I) and gradients D (B, O) at its outputs, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench.federation.gradients import Reduction, per_trial_gradients, trial_loss
 from leakbench.models.functional import BatchNormMode, Model
-from leakbench.models.taps import Tap, can_tap, layer_of, tap
+from leakbench.models.taps import Tap, can_tap, convolution_blocks, convolution_derivative, layer_of, tap
 
 Products = tuple[Tensor, Tensor]
 """<g, G> and ||g||^2 of every parameter tensor, (T, P) each."""
@@ -50,61 +51,116 @@ def per_trial_products(
         found = per_trial_gradients(
             model, inputs, labels, names=list(target), batch_norm=batch_norm, reduction=reduction, create_graph=True
         ).tensors
-        pairs = [_dot_and_square(found[name], goal) for name, goal in target.items()]
+        pairs = [_OfGradient.apply(found[name].flatten(1), goal.flatten(1)) for name, goal in target.items()]
     return torch.stack([dot for dot, _ in pairs], 1), torch.stack([square for _, square in pairs], 1)
 
 
 def _products(passed: Tap, parameter: str, goal: Tensor) -> Products:
     x, d, layer = passed.inputs, passed.at_outputs, passed.layer
-    if parameter == "weight" and isinstance(layer, nn.Linear) and _prefers_gram(goal, x.shape[1]):
-        return (d * torch.bmm(x, goal.transpose(1, 2))).sum((1, 2)), _gram(x, d)
-    if parameter == "weight" and isinstance(layer, nn.Conv2d) and layer.groups == 1:
+    if parameter == "weight" and isinstance(layer, nn.Linear) and prefers_gram(goal, x.shape[1]):
+        return cast(Products, _Gram.apply(x.transpose(1, 2), d.transpose(1, 2), goal))
+    if parameter == "weight" and isinstance(layer, nn.Conv2d):
         positions = x.shape[1] * d.shape[-1] * d.shape[-2]
-        if _prefers_gram(goal, positions):
-            dot = (d * _own_convolution(layer, x, goal)).flatten(1).sum(1)
-            kernel, dilation, padding, stride = _geometry(layer)
-            unfolded = F.unfold(x.flatten(0, 1), kernel, dilation, padding, stride)
-            columns = unfolded.reshape(*x.shape[:2], *unfolded.shape[1:])
-            return dot, _gram(*(v.transpose(2, 3).flatten(1, 2) for v in (columns, d.flatten(3))))
-    return _dot_and_square(passed.gradient(parameter), goal)
+        if layer.groups == 1 and prefers_gram(goal, positions):
+            return cast(Products, _Gram.apply(_columns(layer, x), _beside(d.flatten(3)), goal.flatten(2)))
+        return cast(Products, _OfConvolution.apply(x, d, goal, layer))
+    return cast(Products, _OfGradient.apply(passed.gradient(parameter).flatten(1), goal.flatten(1)))
 
 
-def _prefers_gram(goal: Tensor, positions: int) -> bool:
+def prefers_gram(goal: Tensor, positions: int) -> bool:
     """Whether Gram matrices over ``positions`` cost less than the gradient that ``goal`` (T, O, *) is compared with."""
     outputs = goal.shape[1]
     inputs = goal[0, 0].numel()
     return positions * (inputs + outputs) < inputs * outputs
 
 
-def _gram(a: Tensor, d: Tensor) -> Tensor:
-    """Return ||D^T A||^2, (T,), for A (T, n, I) and D (T, n, O)."""
-    return (torch.bmm(a, a.transpose(1, 2)) * torch.bmm(d, d.transpose(1, 2))).sum((1, 2))
+def _columns(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Unfold inputs (T, B, C, *) into (T, I, n): what every one of n positions in the B outputs looks at."""
+    unfolded = F.unfold(x.flatten(0, 1), layer.kernel_size, layer.dilation, cast(Any, layer.padding), layer.stride)
+    return _beside(unfolded.reshape(*x.shape[:2], *unfolded.shape[1:]))
 
 
-def _geometry(layer: nn.Conv2d) -> Sequence[Any]:
-    return layer.kernel_size, layer.dilation, layer.padding, layer.stride
+def _beside(values: Tensor) -> Tensor:
+    """Put the B examples of (T, B, I, L) beside each other: (T, I, B * L)."""
+    return values.transpose(1, 2).flatten(2)
 
 
-def _own_convolution(layer: nn.Conv2d, x: Tensor, weights: Tensor) -> Tensor:
-    """Convolve (T, B, C, *) with own weights (T, O, C, h, w) per trial: (T, B, O, *)."""
-    each = [F.conv2d(a, w, None, layer.stride, layer.padding, layer.dilation) for a, w in zip(x, weights, strict=True)]
-    return torch.stack(each)
+class _Gram(torch.autograd.Function):
+    """Both products of g = D A^T with G, for A (T, I, n), D (T, O, n) and G (T, O, I), without g.
+
+    G, the largest of all, is read once: its products with A and with D make the derivatives, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, d: Tensor, goal: Tensor) -> Products:
+        at_d, at_a = torch.empty_like(d), torch.empty_like(a)
+        for t in range(len(goal)):
+            torch.mm(goal[t], a[t], out=at_d[t])
+            torch.mm(goal[t].T, d[t], out=at_a[t])
+        among_a, among_d = torch.bmm(a.transpose(1, 2), a), torch.bmm(d.transpose(1, 2), d)
+        ctx.save_for_backward(a, d, at_a, at_d, among_a, among_d)
+        return (d * at_d).sum((1, 2)), (among_a * among_d).sum((1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, d, at_a, at_d, among_a, among_d = ctx.saved_tensors
+        at_dot, at_square = (c[:, None, None] for c in cotangents)
+        return (
+            torch.addcmul(at_dot * at_a, 2 * at_square, torch.bmm(a, among_d)),
+            torch.addcmul(at_dot * at_d, 2 * at_square, torch.bmm(d, among_a)),
+            None,
+        )
 
 
-def _dot_and_square(gradient: Tensor, goal: Tensor) -> Products:
-    return cast(Products, _DotAndSquare.apply(gradient.flatten(1), goal.flatten(1)))
+class _OfConvolution(torch.autograd.Function):
+    """Both products of a convolution's weight gradient with G, block by block of trials."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, d: Tensor, goal: Tensor, layer: nn.Conv2d) -> Products:
+        blocks = list(convolution_blocks(layer, x, d))
+        gradients = [convolution_derivative(layer, *block).view(-1, *goal.shape[1:]) for _, *block in blocks]
+        products = [_both(g, goal[part]) for g, (part, *_) in zip(gradients, blocks, strict=True)]
+        ctx.save_for_backward(goal)
+        ctx.blocks, ctx.gradients, ctx.layer, ctx.shapes = blocks, gradients, layer, (x.shape, d.shape)
+        return torch.cat([dot for dot, _ in products]), torch.cat([square for _, square in products])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (goal,) = ctx.saved_tensors
+        layer: nn.Conv2d = ctx.layer
+        at_x, at_d = (goal.new_empty(shape) for shape in ctx.shapes)
+        for (part, x, d), gradient in zip(ctx.blocks, ctx.gradients, strict=True):
+            weight = _combined(gradient, goal[part], *(c[part] for c in cotangents)).flatten(0, 1)
+            groups = len(gradient) * layer.groups
+            found = F.conv2d(x, weight, None, layer.stride, cast(Any, layer.padding), layer.dilation, groups)
+            at_d[part].transpose(0, 1).copy_(found.reshape(len(found), -1, *at_d.shape[2:]))
+            found = convolution_derivative(layer, x, d, weight)
+            at_x[part].transpose(0, 1).copy_(found.reshape(len(found), -1, *at_x.shape[2:]))
+        return at_x, at_d, None, None
 
 
-class _DotAndSquare(torch.autograd.Function):
-    """Both sums of a pair; one pass over the tensors in the backward pass, where autograd takes four."""
+class _OfGradient(torch.autograd.Function):
+    """Both products of g with G, (T, n) each; one pass in the backward pass, where autograd takes four."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, goal: Tensor) -> Products:
         ctx.save_for_backward(gradient, goal)
-        return torch.linalg.vecdot(gradient, goal), torch.linalg.vecdot(gradient, gradient)
+        return _both(gradient, goal)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
-        gradient, goal = ctx.saved_tensors
-        at_dot, at_square = (c[:, None] for c in cotangents)
-        return torch.addcmul(at_dot * goal, 2 * at_square, gradient), None
+        return _combined(*ctx.saved_tensors, *cotangents), None
+
+
+def _both(gradient: Tensor, goal: Tensor) -> Products:
+    gradient, goal = gradient.flatten(1), goal.flatten(1)
+    return torch.linalg.vecdot(gradient, goal), torch.linalg.vecdot(gradient, gradient)
+
+
+def _combined(gradient: Tensor, goal: Tensor, at_dot: Tensor, at_square: Tensor) -> Tensor:
+    """Return what the cotangents (T,) of both products make of g's."""
+    ones = (1,) * (gradient.dim() - 1)
+    return torch.addcmul(at_dot.view(-1, *ones) * goal, 2 * at_square.view(-1, *ones), gradient)

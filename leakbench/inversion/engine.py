@@ -20,6 +20,7 @@ from leakbench.inversion.rows import Rows, model_of_rows
 from leakbench.inversion.sources import OneStep, Source
 from leakbench.inversion.spaces import Pixels, Space
 from leakbench.knowledge import Knowledge
+from leakbench.models.taps import layer_outputs
 from leakbench.observation import Observation
 
 
@@ -309,19 +310,18 @@ class _Clock:
 def default_chunk(observation: Observation, restarts: int) -> int:
     """Return the trials computed at once: by shapes alone on a CPU, and by the free memory on a GPU.
 
-    On a CPU more than a few MB per tensor only leaves the caches (64 rows of LeNet, 8 of ResNet-18 are the fastest),
-    and a number that does not depend on the machine keeps rows bit-equal.
+    On a CPU a few large nets, or some hundred small ones, are as fast as any number, and a number that does not depend
+    on the machine keeps rows bit-equal.
     """
     model = observation.model
     count = observation.inputs_per_client * observation.clients
     weights = sum(value[0].numel() for value in model.parameters.values())
-    inputs = count * math.prod(observation.input_spec.shape)
-    row = restarts * (weights + 64 * inputs)
-    limit = 2**27
+    # Measured: the target, a gradient and its derivative; five times what the layers return.
+    row = restarts * (3 * weights + 5 * count * layer_outputs(model)) * model.dtype.itemsize
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        limit = free // (4 * 8)
-    return max(1, min(256 // restarts if model.device.type == "cpu" else 2**20, limit // row))
+        return max(1, free // 2 // row)
+    return max(1, min(256 // restarts, 2**31 // row))
 
 
 def _counts(classes: Tensor, num_classes: int) -> Tensor:

@@ -6,7 +6,7 @@ grouped convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +134,21 @@ def tapped_gradients(
     return gradients, losses
 
 
+def layer_outputs(model: Model) -> int:
+    """Return how many numbers the layers return for one input, from a run that computes nothing."""
+    sizes: list[int] = []
+    state = {name: value[0].to("meta") for name, value in (model.parameters | model.buffers).items()}
+    leaves = [layer for layer in model.module.modules() if next(layer.children(), None) is None]
+    with model.lock, torch.no_grad():
+        hooks = [layer.register_forward_hook(lambda _, __, output: sizes.append(output.numel())) for layer in leaves]
+        try:
+            model.call(state, torch.empty(1, *model.input_shape, device="meta", dtype=model.dtype), train=False)
+        finally:
+            for handle in hooks:
+                handle.remove()
+    return sum(sizes)
+
+
 def layer_of(name: str) -> str:
     """Return the layer that a parameter belongs to."""
     return name.rpartition(".")[0]
@@ -147,26 +162,49 @@ def _supported(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)
 
 
+def convolution_blocks(layer: nn.Conv2d, x: Tensor, d: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Cut inputs (T, B, C, *) and output gradients (T, B, O, *) of a convolution for grouped kernels.
+
+    Yields:
+        Trials t of a block, and both tensors of these as (B, t * C, *) and (B, t * O, *): trials side by side in the
+        channels.
+    """
+    # Blocks of trials that fit a core's cache: the change of layout then costs half, and large weights are still
+    # there when they are read the next time.
+    block = max(1, _CACHED_NUMBERS // max(x[0].numel(), d[0].numel(), layer.weight.numel()))
+    # Below 16 output channels oneDNN's kernels for channels_last are 2 to 4 times as fast, conversion included; above,
+    # the others win.
+    layout = torch.channels_last if layer.out_channels < 16 else torch.contiguous_format
+    for first in range(0, len(x), block):
+        part = slice(first, first + block)
+        inputs, at_outputs = (v[part].transpose(0, 1).flatten(1, 2).contiguous(memory_format=layout) for v in (x, d))
+        yield part, inputs, at_outputs
+
+
+def convolution_derivative(layer: nn.Conv2d, x: Tensor, d: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the derivative of one block's convolution with respect to its inputs (given the weights) or its weights.
+
+    Args:
+        layer: The convolution.
+        x: (B, t * C, *) inputs.
+        d: (B, t * O, *) output gradients.
+        weight: (t * O, C / groups, h, w), where the derivative with respect to the inputs is wanted.
+    """
+    trials = d.shape[1] // layer.out_channels
+    wanted = [weight is not None, weight is None, False]
+    if weight is None:  # only its shape is read
+        weight = x.new_empty(()).expand(d.shape[1], *layer.weight.shape[1:])
+    arguments: list[Any] = [list(v) for v in (layer.stride, layer.padding, layer.dilation)]
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        d, x, weight, None, *arguments, False, [0, 0], trials * layer.groups, wanted
+    )
+    return found[0] if wanted[0] else found[1]
+
+
 def _convolution(layer: nn.Conv2d, x: Tensor, d: Tensor) -> Tensor:
     """Weight gradients (T, O, C / groups, h, w) of inputs (T, B, C, *) and output gradients (T, B, O, *)."""
-    # Blocks of trials that fit a core's cache: the change of layout in the next function then costs half.
-    block = max(1, _CACHED_NUMBERS // max(x[0].numel(), d[0].numel()))
-    return torch.cat([_block(layer, *part) for part in zip(torch.split(x, block), torch.split(d, block), strict=True)])
-
-
-def _block(layer: nn.Conv2d, x: Tensor, d: Tensor) -> Tensor:
-    trials = x.shape[0]
-    # One grouped convolution over B examples with the trials side by side in the channels. Below 16 output channels
-    # oneDNN's kernels for channels_last are 2 to 4 times as fast, conversion included; above, the others win.
-    layout = torch.channels_last if layer.out_channels < 16 else torch.contiguous_format
-    x, d = (v.transpose(0, 1).flatten(1, 2).contiguous(memory_format=layout) for v in (x, d))
-    shape = layer.weight.shape
-    weight = x.new_empty(()).expand(trials * shape[0], *shape[1:])  # only its shape is read
-    arguments: list[Any] = [list(v) for v in (layer.stride, layer.padding, layer.dilation)]
-    gradient: Tensor = torch.ops.aten.convolution_backward(
-        d, x, weight, None, *arguments, False, [0, 0], trials * layer.groups, [False, True, False]
-    )[1]
-    return gradient.reshape(trials, *shape)
+    parts = [convolution_derivative(layer, *block) for _, *block in convolution_blocks(layer, x, d)]
+    return torch.cat(parts).reshape(len(x), *layer.weight.shape)
 
 
 def _batch_norm(layer: nn.Module, x: Tensor, d: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
