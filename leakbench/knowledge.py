@@ -322,6 +322,25 @@ class Knowledge:
         if self._report is not None:
             self._report({"done": done, "total": total, "loss": loss, "rate": rate})
 
+    def difference(self, update: Mapping[str, Tensor], *, model: Model | None = None) -> dict[str, Tensor]:
+        """Return what an update changed, (T, *shape) by parameter name, in the gradient's direction and any unit.
+
+        That is the gradient itself, or the weights before local training minus those after it.
+
+        Args:
+            update: What clients sent, or what `simulate` returned; buffers in it are left out.
+            model: The model they received; the one of the task where None.
+
+        Raises:
+            NotGranted: Weights were sent, or buffers, and the model is withheld.
+        """
+        buffers = self.model.buffers if self._facts.protocol.send_buffers else {}
+        sent = {name: value for name, value in update.items() if name not in buffers}
+        if self.sends != "weights":
+            return sent
+        start = (model or self.model).parameters
+        return {name: start[name] - value for name, value in sent.items()}
+
     def asking(self, target: str) -> Self:
         """Return the same knowledge for an attack that another one runs to recover ``target``."""
         other = copy(self)

@@ -123,13 +123,8 @@ class Observation(Knowledge):
             NotGranted: The update is a difference of weights and the learning rate is withheld; or weights were sent,
                 or buffers, and the model is withheld.
         """
-        buffers = self.model.buffers if self._facts.protocol.send_buffers else {}
-        update = {name: value for name, value in self.update.items() if name not in buffers}
-        if self.sends == "gradient":
-            return update
-        if self.sends == "delta":
-            return {name: value / self.lr for name, value in update.items()}
-        return {name: (self.model.parameters[name] - value) / self.lr for name, value in update.items()}
+        difference = self.difference(self.update)
+        return difference if self.sends == "gradient" else {n: value / self.lr for n, value in difference.items()}
 
     @property
     def head_weight(self) -> Tensor:

@@ -90,9 +90,8 @@ class Analytic(Attack):
 
 def _first_layer(observation: Observation) -> tuple[Tensor, Tensor]:
     """Return weight (T, H, P) and bias (T, H) gradients of the first layer, scaled so that the latter is at most 1."""
-    start = observation.model.parameters
-    sent = [(name, observation.update[name]) for name in list(start)[:2]]
-    weight, bias = (start[name] - value if observation.sends == "weights" else value for name, value in sent)
+    difference = observation.difference(observation.update)
+    weight, bias = (difference[name] for name in observation.model.parameter_names[:2])
     size = bias.abs().amax(1, keepdim=True)
     size = size.where(size > 0, 1)
     return (weight / size[..., None]).nan_to_num(0, 0, 0), (bias / size).nan_to_num(0, 0, 0)

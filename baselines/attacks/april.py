@@ -90,10 +90,7 @@ class April(Attack):
 
     def _sent(self, observation: Observation) -> dict[str, Tensor]:
         """Return the update in the direction of the gradient, scaled to token gradients of at most 1, in float64."""
-        start = observation.model.parameters
-        sent = {name: observation.update[name].double() for name in self.reads}
-        if observation.sends == "weights":
-            sent = {name: start[name].double() - value for name, value in sent.items()}
+        sent = {name: value.double() for name, value in observation.difference(observation.update).items()}
         # An update of zeros becomes NaN here, and zeros again.
         size = sent[POSITION].flatten(1).abs().amax(1)
         return {n: (v / size.view(-1, *(1,) * (v.dim() - 1))).nan_to_num(0, 0, 0) for n, v in sent.items()}

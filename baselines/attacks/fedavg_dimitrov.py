@@ -145,8 +145,7 @@ class GradientSum(Unrolled):
 
     def target(self, observation: Observation, units: str) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the update over the learning rate, (T, *shape) by parameter name."""
-        names = observation.model.parameters
-        return {name: value for name, value in observation.gradient.items() if name in names}
+        return dict(observation.gradient)
 
     def gradients(
         self, rows: Rows, inputs: Tensor, labels: Tensor, unknowns: Mapping[str, Tensor]
@@ -166,8 +165,7 @@ class GradientSum(Unrolled):
                 defended=False,
                 model=rows.model,
             )
-            if seen.sends == "weights":
-                sent = {name: rows.model.parameters[name] - sent[name] for name in rows.target}
+            sent = seen.difference(sent, model=rows.model)
         return {name: sent[name] / per_unit for name in rows.target}
 
 

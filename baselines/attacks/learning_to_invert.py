@@ -144,9 +144,8 @@ class LearningToInvert(Attack):
 
     def _vectors(self, knowledge: Knowledge, update: Mapping[str, Tensor]) -> Tensor:
         """Return the update as vectors (T, at most features) of float32."""
-        start = knowledge.model.parameters
-        names = [name for name in start if name in update]
-        sent = [start[name] - update[name] if knowledge.sends == "weights" else update[name] for name in names]
+        difference = knowledge.difference(update)
+        sent = [difference[name] for name in knowledge.model.parameter_names]
         flat = torch.cat([value.flatten(1) for value in sent], 1).float().nan_to_num()
         if flat.shape[1] <= self.features:
             return flat

@@ -19,8 +19,7 @@ def head_rows(observation: Observation) -> Tensor:
     The factor is the learning rate where differences of weights are sent, so that it need not be known.
     """
     name = f"{observation.model.head}.weight"
-    sent = observation.update[name]
-    return observation.model.parameters[name] - sent if observation.sends == "weights" else sent
+    return observation.difference({name: observation.update[name]})[name]
 
 
 def extract_counts(

@@ -102,12 +102,11 @@ class RGap(Attack):
         """Recover inputs (T, 1, *input_shape), trial by trial: the equations of one may take 100 MB."""
         layers, start = _chain(observation), observation.model.parameters
         low, high = observation.bounds
+        difference = observation.difference(observation.update)
         inputs = []
         for t in range(observation.trials):
             state = {name: value[t % len(value)].double() for name, value in start.items()}
-            sent = {name: observation.update[name][t].double() for name in state}
-            if observation.sends == "weights":
-                sent = {name: state[name] - value for name, value in sent.items()}
+            sent = {name: value[t].double() for name, value in difference.items()}
             x = _descend(layers, state, _scaled(sent, f"{layers[-1].name}.bias"))
             inputs.append(x.view(1, *observation.input_spec.shape))
             observation.progress(t + 1, observation.trials)

@@ -61,10 +61,8 @@ def dense_first_layer(knowledge: Knowledge, *, relu: bool) -> tuple[str, str]:
 
 def first_layer_gradients(observation: Observation, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return the gradients (T, m, n) and (T, m) of the first layer, up to a common positive factor, as float64."""
-    sent = [observation.update[name] for name in names]
-    if observation.sends == "weights":
-        sent = [observation.model.parameters[name] - value for name, value in zip(names, sent, strict=True)]
-    weight, bias = (value.double() for value in sent)
+    difference = observation.difference(observation.update)
+    weight, bias = (difference[name].double() for name in names)
     return weight, bias
 
 

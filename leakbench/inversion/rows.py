@@ -50,15 +50,6 @@ def model_of_rows(model: Model, restarts: int) -> Model:
     )
 
 
-def update_difference(observation: Observation) -> dict[str, Tensor]:
-    """Return what the clients changed, (T, *shape) by parameter name, in the gradient's direction and any unit."""
-    start = observation.model.parameters
-    sent = {name: value for name, value in observation.update.items() if name in start}
-    if observation.sends == "weights":
-        return {name: start[name] - value for name, value in sent.items()}
-    return sent
-
-
 def unit_direction(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scale tensors (T, *shape) so that a trial's have length 1 together; zeros stay zeros."""
     # By the largest entry first: squares of an update of 1e-30 would vanish in float32.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leakbench.errors import NotApplicable
 from leakbench.inversion.objectives import Comparison, Units
-from leakbench.inversion.rows import Rows, unit_direction, update_difference
+from leakbench.inversion.rows import Rows, unit_direction
 from leakbench.knowledge import Knowledge
 from leakbench.observation import Observation
 
@@ -31,10 +31,8 @@ class Source(ABC):
     def target(self, observation: Observation, units: Units) -> dict[str, Tensor]:
         """Return what gradients are compared with, (T, *shape) by parameter name."""
         if units == "gradient":
-            names = observation.model.parameters
-            found = {name: value for name, value in observation.gradient.items() if name in names}
-            return {name: value * _per_step(observation) for name, value in found.items()}
-        difference = update_difference(observation)
+            return {name: value * _per_step(observation) for name, value in observation.gradient.items()}
+        difference = observation.difference(observation.update)
         return difference if units == "difference" else unit_direction(difference)
 
     def unknowns(self, like: Tensor) -> dict[str, Tensor]:  # noqa: ARG002  (neutral default)
@@ -127,7 +125,7 @@ class Unrolled(Source):
 
     def target(self, observation: Observation, units: Units) -> dict[str, Tensor]:
         """Return the raw update: what the simulated client would send."""
-        difference = update_difference(observation)
+        difference = observation.difference(observation.update)
         return unit_direction(difference) if units == "direction" else difference
 
     def gradients(
@@ -150,9 +148,8 @@ class Unrolled(Source):
             local_steps=self.local_steps,
             model=rows.model,
         )
-        if seen.sends == "weights":
-            sent = {name: rows.model.parameters[name] - value for name, value in sent.items() if name in rows.target}
-        return {name: sent[name] for name in rows.target}
+        moved = seen.difference(sent, model=rows.model)
+        return {name: moved[name] for name in rows.target}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,14 +180,15 @@ class Surrogate(Source):
         self, rows: Rows, inputs: Tensor, labels: Tensor, unknowns: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return gradients by name; see `Source.gradients`."""
-        moved = {name: rows.spread(value) for name, value in update_difference(rows.observation).items()}
+        seen = rows.observation
+        moved = {name: rows.spread(value) for name, value in seen.difference(seen.update).items()}
         alpha = unknowns["alpha"]
         between = {
             name: rows.model.parameters[name] - alpha.view(-1, *(1,) * (value.dim() - 1)) * value
             for name, value in moved.items()
         }
         model = rows.model.with_state(parameters=between)
-        return rows.observation.gradients(inputs, labels, names=list(rows.target), model=model)
+        return seen.gradients(inputs, labels, names=list(rows.target), model=model)
 
 
 def _per_step(observation: Observation) -> float:
