@@ -159,8 +159,10 @@ class Protocol(Part):
 
     @property
     def label(self) -> str:
-        """Short name, e.g. ``gradient`` or ``delta10``."""
-        steps = "" if self.sends == "gradient" else str(self.local_steps)
+        """Short name, e.g. ``gradient``, ``delta10`` or ``weights1-lr0.01``; a gradient has no learning rate."""
+        default = type(self).model_fields["lr"].default
+        rate = f"-lr{self.lr:g}" if self.lr != default else ""
+        steps = "" if self.sends == "gradient" else f"{self.local_steps}{rate}"
         return self.sends + steps + (f"-k{self.clients}" if self.clients > 1 else "")
 
 
