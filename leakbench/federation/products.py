@@ -21,6 +21,8 @@ from leakbench.models.taps import Tap, can_tap, convolution_blocks, convolution_
 Products = tuple[Tensor, Tensor]
 """<g, G> and ||g||^2 of every parameter tensor, (T, P) each."""
 
+_FEW_WEIGHTS = 2**16
+
 
 def per_trial_products(
     model: Model,
@@ -46,32 +48,43 @@ def per_trial_products(
     """
     if can_tap(model, target) and not (batch_norm == "train" and model.has_batch_norm):
         taps, _ = tap(model, inputs, lambda z: trial_loss(z, labels, reduction), list(target), create_graph=True)
-        pairs = [_products(taps[layer_of(name)], name.rpartition(".")[2], goal) for name, goal in target.items()]
+        pairs = [products_of(taps[layer_of(name)], name.rpartition(".")[2], goal) for name, goal in target.items()]
     else:
         found = per_trial_gradients(
             model, inputs, labels, names=list(target), batch_norm=batch_norm, reduction=reduction, create_graph=True
         ).tensors
-        pairs = [_OfGradient.apply(found[name].flatten(1), goal.flatten(1)) for name, goal in target.items()]
+        pairs = [_OfGradient.apply(found[name], goal) for name, goal in target.items()]
     return torch.stack([dot for dot, _ in pairs], 1), torch.stack([square for _, square in pairs], 1)
 
 
-def _products(passed: Tap, parameter: str, goal: Tensor) -> Products:
+def products_of(passed: Tap, parameter: str, goal: Tensor) -> Products:
+    """Return <g, G> and ||g||^2, (T,) each, of one parameter of a layer, given what passed it and G (T, *shape)."""
     x, d, layer = passed.inputs, passed.at_outputs, passed.layer
     if parameter == "weight" and isinstance(layer, nn.Linear) and prefers_gram(goal, x.shape[1]):
         return cast(Products, _Gram.apply(x.transpose(1, 2), d.transpose(1, 2), goal))
     if parameter == "weight" and isinstance(layer, nn.Conv2d):
-        positions = x.shape[1] * d.shape[-1] * d.shape[-2]
-        if layer.groups == 1 and prefers_gram(goal, positions):
-            return cast(Products, _Gram.apply(_columns(layer, x), _beside(d.flatten(3)), goal.flatten(2)))
-        return cast(Products, _OfConvolution.apply(x, d, goal, layer))
-    return cast(Products, _OfGradient.apply(passed.gradient(parameter).flatten(1), goal.flatten(1)))
+        gram = layer.groups == 1 and prefers_gram(goal, x.shape[1] * d[0, 0, 0].numel())
+        if not gram and (layer.groups > 1 or has_grouped_kernels(x.device)):
+            return cast(Products, _OfConvolution.apply(x, d, goal, layer))
+        columns, rows = _columns(layer, x), _beside(d.flatten(3))
+        if gram:
+            return cast(Products, _Gram.apply(columns, rows, goal.flatten(2)))
+        return cast(Products, _OfGradient.apply(torch.bmm(rows, columns.transpose(1, 2)), goal.flatten(2)))
+    return cast(Products, _OfGradient.apply(passed.gradient(parameter), goal))
 
 
 def prefers_gram(goal: Tensor, positions: int) -> bool:
-    """Whether Gram matrices over ``positions`` cost less than the gradient that ``goal`` (T, O, *) is compared with."""
-    outputs = goal.shape[1]
-    inputs = goal[0, 0].numel()
-    return positions * (inputs + outputs) < inputs * outputs
+    """Whether Gram matrices over ``positions`` cost less than the gradient that ``goal`` (T, O, *) is compared with.
+
+    By shapes alone, so that equal blocks give equal rows; measured by ``tests/benchmarks/bench_inversion.py layers``.
+    """
+    weights, outputs = goal[0].numel(), goal.shape[1]
+    return weights >= _FEW_WEIGHTS and 4 * positions * (weights // outputs + outputs) < weights
+
+
+def has_grouped_kernels(device: torch.device) -> bool:
+    """Whether grouped convolutions of many trials are fast: oneDNN's are, cuDNN's in float32 are known not to be."""
+    return device.type == "cpu"
 
 
 def _columns(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -94,9 +107,12 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, d: Tensor, goal: Tensor) -> Products:
         at_d, at_a = torch.empty_like(d), torch.empty_like(a)
-        for t in range(len(goal)):
-            torch.mm(goal[t], a[t], out=at_d[t])
-            torch.mm(goal[t].T, d[t], out=at_a[t])
+        # On a CPU one trial at a time: the second product then finds G in the cache.
+        step = 1 if goal.device.type == "cpu" else len(goal)
+        for first in range(0, len(goal), step):
+            part = slice(first, first + step)
+            torch.bmm(goal[part], a[part], out=at_d[part])
+            torch.bmm(goal[part].transpose(1, 2), d[part], out=at_a[part])
         among_a, among_d = torch.bmm(a.transpose(1, 2), a), torch.bmm(d.transpose(1, 2), d)
         ctx.save_for_backward(a, d, at_a, at_d, among_a, among_d)
         return (d * at_d).sum((1, 2)), (among_a * among_d).sum((1, 2))
@@ -142,7 +158,7 @@ class _OfConvolution(torch.autograd.Function):
 
 
 class _OfGradient(torch.autograd.Function):
-    """Both products of g with G, (T, n) each; one pass in the backward pass, where autograd takes four."""
+    """Both products of g with G, (T, *) each; one pass in the backward pass, where autograd takes four."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, goal: Tensor) -> Products:

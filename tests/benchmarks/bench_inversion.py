@@ -3,28 +3,35 @@
 Run ``python tests/benchmarks/bench_inversion.py WHAT`` with WHAT one of
 
 - ``speed`` (minutes): ms per trial-iteration at equal settings, both sides taking turns; how much of the machine's
-  arithmetic is used, and what takes the rest of the time. Exits with 1 when a bar is missed.
-- ``cross-check`` (hours; ``--trials 4 --iterations 50`` for a quick look): the same net, gradients, labels, start images
-  and iterations on both sides; exits with 1 where the lower 95% bound of our mean PSNR difference is not above -1 dB.
-  Needs CIFAR-10, see LEAKBENCH_DATA.
+  arithmetic is used, and what takes the time. Exits with 1 when a bar is missed.
+- ``cross-check`` (an hour; ``--trials 4 --iterations 50`` for a quick look): the same net, gradients, labels, start
+  images and iterations on both sides; exits with 1 where the lower 95% bound of our mean PSNR difference is not above
+  -1 dB. Needs CIFAR-10, see LEAKBENCH_DATA.
 - ``layers`` (minutes; no `breaching`): for every layer shape the times of both ways to inner products of gradients,
-  and whether `leakbench.federation.products` chose the faster one: the table its rule was made from.
+  and whether `leakbench.federation.products` chose the faster one: the table its rule was made from. Exits with 1
+  where it chose one that takes more than 1.5 times as long.
 
-`breaching` runs in an environment of its own, made once in the cache folder with uv or pip; ``--breaching-python`` names
-another one. Its nets are its own classes, loaded with our weights; before anything is timed, both sides must give the
-same objective at the same start images.
+`breaching` runs in an environment of its own, made once in the cache folder with uv or pip; ``--breaching-python``
+names another one. Its nets are its own classes, loaded with our weights; before anything is timed, both sides must give
+the same distance at the same start images.
 
 What differs: `breaching` pads the images with zeros before it takes total variation, so its last row and column are
-pulled to black, and it divides by all pixels where ours divides by the number of differences. It keeps the iterate after
-the best one, ours the best one. Our time includes set-up and one last comparison, its time the iterations alone.
+pulled to black, and it divides by all pixels where ours divides by the number of differences. It keeps the iterate that
+follows the best objective, ours the one that has it. Our time includes set-up and one last comparison, its time the
+iterations alone.
 
-``--device cuda`` runs ResNet-18 with one image for 64 trials at once against `breaching` one trial at a time on the same
-GPU, TF32 off on both sides (bar: 20x). This branch was written without a GPU at hand and has not been run.
+"Of sgemm" counts seven forward passes of arithmetic per iteration and image, whatever is computed in fact, and divides
+by a large matrix product's speed. Above 100% is possible: convolutions use kernels of their own, which on some
+machines are twice as fast as the matrix product's.
+
+``--device cuda`` runs ResNet-18 with one image for 64 trials at once against `breaching` one trial at a time on the
+same GPU, TF32 off on both sides (bar: 20x). This branch was written without a GPU at hand and has not been run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -32,11 +39,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -48,10 +56,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from leakbench import Observation
 from leakbench.cache import cache_dir
 from leakbench.data import load_dataset
+from leakbench.federation import products
 from leakbench.federation.client import Client
 from leakbench.knowledge import Facts
 from leakbench.metrics.images import match, psnr
 from leakbench.models.functional import build_model
+from leakbench.models.taps import Tap, layer_of, tap
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
@@ -112,7 +122,9 @@ def main() -> int:
     parser.add_argument("--tv", type=float, default=1e-4, help="weight of the total variation")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--breaching-python", type=Path, help=f"of an environment with breaching {VERSION}, safetensors")
+    parser.add_argument(
+        "--breaching-python", type=Path, help=f"of an environment with breaching {VERSION}, safetensors"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -229,7 +241,7 @@ class Theirs:
 
 
 def environment() -> Path:
-    """Return the interpreter of an environment with `breaching`, made once: the same torch as here where it is found."""
+    """Return the interpreter of an environment with `breaching` and the torch version used here, made once."""
     folder = cache_dir() / f"breaching-{VERSION}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if (folder / "complete").exists():
@@ -260,9 +272,7 @@ def speed(arguments: argparse.Namespace) -> int:
     peak = arithmetic_peak(arguments.device)
     print(f"load average {os.getloadavg()[0]:.1f}; above {arguments.threads} nothing here can be trusted")
     print(f"sgemm {peak / 1e9:.0f} GFLOP/s on {arguments.threads} threads; ms per trial-iteration, median (least)")
-    print(
-        f"{'net':10} {'B':>2} {'T':>4} {'breaching':>17} {'leakbench':>17} {'ratio':>6}  {'bar':12} of sgemm: theirs ours"
-    )
+    print(f"{'net':10}  B    T {'breaching':>17} {'leakbench':>17}  ratio  {'bar':12} of sgemm: theirs ours   our time")
     passed = True
     with tempfile.TemporaryDirectory() as folder:
         theirs = Theirs(arguments, Path(folder))
@@ -292,9 +302,10 @@ def _line(case: Case, theirs: Theirs, arguments: argparse.Namespace, peak: float
     met = other / ours >= case.bar
     work = PASSES * case.batch * forward_flops(block) / 1e-3
     print(
-        f"{case.net:10} {case.batch:2} {trials:4} {other:8.2f} ({min(theirs_ms):6.2f}) {ours:8.2f} ({min(ours_ms):6.2f}) "
-        f"{other / ours:5.1f}x  {case.bar:>4}x {'met' if met else 'MISSED':6} {work / other / peak:16.0%} "
-        f"{work / ours / peak:4.0%}   {where_time_goes(lambda: block.run(iterations, arguments.tv))}",
+        f"{case.net:10} {case.batch:2} {trials:4} "
+        f"{other:8.2f} ({min(theirs_ms):6.2f}) {ours:8.2f} ({min(ours_ms):6.2f}) {other / ours:5.1f}x "
+        f"{case.bar:>4}x {'met' if met else 'MISSED':6} {work / other / peak:16.0%} {work / ours / peak:4.0%}   "
+        f"{where_time_goes(lambda: block.run(iterations, arguments.tv))}",
         flush=True,
     )
     return met
@@ -362,9 +373,10 @@ def cross_check(arguments: argparse.Namespace) -> int:
             met = low > -1
             passed &= met
             print(
-                f"{net}: {trials} CIFAR-10 images, {iterations} iterations, TV {arguments.tv}: leakbench {ours.mean():.2f} "
-                f"dB, breaching {other.mean():.2f} dB; difference {difference.mean():+.2f} dB (95%: {low:+.2f} to "
-                f"{high:+.2f}), above -1 dB: {'met' if met else 'MISSED'}; {seconds[0]:.0f} s against {seconds[1]:.0f} s",
+                f"{net}: {trials} CIFAR-10 images, {iterations} iterations, TV {arguments.tv}: "
+                f"leakbench {ours.mean():.2f} dB, breaching {other.mean():.2f} dB; "
+                f"difference {difference.mean():+.2f} dB (95%: {low:+.2f} to {high:+.2f}), "
+                f"lower bound above -1 dB: {'met' if met else 'MISSED'}; {seconds[0]:.0f} s against {seconds[1]:.0f} s",
                 flush=True,
             )
         theirs.close()
@@ -388,8 +400,59 @@ def interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, floa
 
 
 def layers(arguments: argparse.Namespace) -> int:
-    """Print the table of layer shapes."""
-    raise NotImplementedError
+    """Print, per layer shape, both ways' times: Gram matrices, or the gradient itself."""
+    print(f"load average {os.getloadavg()[0]:.1f}; ms per trial, forward and derivative, least of {arguments.repeats}")
+    print(f"{'B':>2} {'T':>3} {'inputs':>14} {'outputs':>14} {'weights':>18} {'Gram':>8} {'gradient':>8}  chosen")
+    passed = True
+    for batch in (1, 8):
+        for trials, passed_on, goal in _taps(arguments, batch):
+            positions = batch * passed_on.at_outputs[0, 0, 0].numel()
+            chosen = products.prefers_gram(goal, positions)
+            ms = {}
+            for gram in (True, False):
+                if gram and positions**2 > 4 * goal[0].numel():  # two orders of magnitude slower, and huge
+                    ms[gram] = float("inf")
+                    continue
+                with mock.patch.object(products, "prefers_gram", lambda *_, gram=gram: gram):
+                    run = functools.partial(_derive, passed_on, goal)
+                    ms[gram] = min(1e3 * timed(run) / trials for _ in range(arguments.repeats + 1))
+            lost = ms[chosen] / min(ms.values())
+            passed &= lost <= 1.5
+            verdict = "the faster" if lost == 1 else f"the slower by {lost - 1:.0%}"
+            shapes = (tuple(v.shape[2:]) for v in (passed_on.inputs, passed_on.at_outputs, goal[:, None]))
+            print(
+                f"{batch:2} {trials:3} {'{!s:>14} {!s:>14} {!s:>18}'.format(*shapes)} "
+                f"{ms[True]:8.3f} {ms[False]:8.3f}  {'Gram' if chosen else 'gradient'}: {verdict}",
+                flush=True,
+            )
+    return 0 if passed else 1
+
+
+def _taps(arguments: argparse.Namespace, batch: int) -> Iterator[tuple[int, Tap, Tensor]]:
+    """Yield trials, what passes a layer, and a target, for every shape of a layer in the nets."""
+    seen = set()
+    for net in arguments.net or NETS:
+        model = build_model(NETS[net], SHAPE, CLASSES, seeds=[0])
+        inputs = torch.rand(1, 1, *SHAPE, requires_grad=True)
+        names = [name for name, value in model.parameters.items() if value[0].dim() > 1]
+        taps, _ = tap(model, inputs, lambda z: z.sum((1, 2)), names, create_graph=False)
+        for name in names:
+            one = taps[layer_of(name)]
+            shapes = (*one.inputs.shape, *one.at_outputs.shape, *model.parameters[name].shape)
+            trials = arguments.trials or max(
+                2, min(64, 2**22 // (batch * one.inputs.numel() + one.layer.weight.numel()))
+            )
+            if shapes not in seen:
+                seen.add(shapes)
+                x, d = (
+                    torch.randn(trials, batch, *v.shape[2:], requires_grad=True) for v in (one.inputs, one.at_outputs)
+                )
+                yield trials, Tap(one.layer, x, d), torch.randn(trials, *model.parameters[name].shape[1:])
+
+
+def _derive(passed: Tap, goal: Tensor) -> None:
+    dot, square = products.products_of(passed, "weight", goal)
+    torch.autograd.grad((dot + square).sum(), [passed.inputs, passed.at_outputs])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The other side of bench_inversion.py: Inverting Gradients by `breaching`, one trial at a time, in its own environment.
+"""The other side of bench_inversion.py: Inverting Gradients by `breaching`, trial by trial, in its own environment.
 
-Needs breaching 0.1.2 and safetensors, and nothing of leakbench: the nets are `breaching`'s own. Reads one JSON request a
-line from standard input and answers with one JSON line each on standard output:
+Needs breaching 0.1.2 and safetensors, and nothing of leakbench: the nets are `breaching`'s own. Reads one JSON request
+a line from standard input and answers with one JSON line each on standard output:
 
 - ``{"open": FILE, "net": NAME, "tv": WEIGHT, "device": NAME, "threads": N}`` loads weights, gradients, labels and start
   images (safetensors) and answers with the objective at every trial's start images.

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from leakbench.federation import products
 from leakbench.federation.gradients import per_trial_gradients
 from leakbench.federation.products import per_trial_products
 from leakbench.models.batch_norm import explicit_batch_norm
@@ -34,7 +35,11 @@ BODIES = {
     "conv_strides_differ": lambda: [nn.Conv2d(2, 3, 3, stride=(2, 4), padding=(1, 0)), nn.Tanh()],
     "conv_stride_over_kernel": lambda: [nn.Conv2d(2, 3, 2, stride=4, padding=1), nn.Tanh()],
     "conv_dilated": lambda: [nn.Conv2d(2, 3, 3, dilation=2, padding=2), nn.Tanh(), nn.Conv2d(3, 3, 2, 2, dilation=3)],
-    "conv_grouped": lambda: [nn.Conv2d(2, 6, 3, groups=2, stride=2, padding=1), nn.Tanh(), nn.Conv2d(6, 6, 3, groups=3)],
+    "conv_grouped": lambda: [
+        nn.Conv2d(2, 6, 3, groups=2, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(6, 6, 3, groups=3),
+    ],
     "conv_few_positions": lambda: [nn.Conv2d(2, 20, 4, stride=4), nn.Tanh(), nn.Conv2d(20, 30, 2), nn.Tanh()],
     "conv_few_positions_strided": lambda: [nn.Conv2d(2, 20, 3, 2), nn.Tanh(), nn.Conv2d(20, 30, 3, 2, padding=1)],
     "batch_norm": lambda: [nn.Conv2d(2, 5, 3, stride=2), nn.BatchNorm2d(5), nn.Tanh(), nn.Conv2d(5, 4, 2)],
@@ -48,7 +53,9 @@ def classifier(kind: str, draws: int, shape=(2, 8, 8)):
     """Return our model with M sets of weights, and the same net made of PyTorch's own layers."""
     torch.manual_seed(3)
     plain = Classifier(nn.Sequential(*BODIES[kind](), nn.Flatten()), shape, C).double().eval()
-    state = {name: torch.stack([lively(name, v, draw) for draw in range(draws)]) for name, v in plain.state_dict().items()}
+    state = {
+        name: torch.stack([lively(name, v, draw) for draw in range(draws)]) for name, v in plain.state_dict().items()
+    }
     named = dict(plain.named_parameters())
     model = Model(
         explicit_batch_norm(copy.deepcopy(plain)).to("meta"),
@@ -100,9 +107,9 @@ def by_loop(model, plain, inputs, labels, target, batch_norm, reduction="mean"):
     return torch.stack(dots), torch.stack(squares)
 
 
-def with_derivatives(products, wrt):
+def with_derivatives(computed, wrt):
     """Return the products and the derivatives of a function that weighs every one of them differently."""
-    dot, square = products
+    dot, square = computed
     weights = torch.linspace(0.5, 1.5, dot.numel(), dtype=dot.dtype).view_as(dot)
     value = (weights * dot.cos()).sum() + (weights.flip(0, 1) * square.add(0.1).sqrt()).sum()
     return dot, square, *torch.autograd.grad(value, wrt)
@@ -111,20 +118,36 @@ def with_derivatives(products, wrt):
 def check(model, plain, inputs, labels, target, batch_norm="eval", reduction="mean"):
     wrt = [v.requires_grad_() for v in (inputs, labels) if v.is_floating_point()]
     expected = with_derivatives(by_loop(model, plain, inputs, labels, target, batch_norm, reduction), wrt)
-    products = per_trial_products(model, inputs, labels, target, batch_norm=batch_norm, reduction=reduction)
-    for found, wanted in zip(with_derivatives(products, wrt), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * max(1.0, float(wanted.abs().max())))
+    computed = per_trial_products(model, inputs, labels, target, batch_norm=batch_norm, reduction=reduction)
+    for found, wanted in zip(with_derivatives(computed, wrt), expected, strict=True):
+        scale = max(1.0, float(wanted.detach().abs().max()))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * scale)
 
 
-@pytest.mark.parametrize("batch_norm", ["eval", "train"])
+WAYS = {
+    "as_chosen": {},
+    "gradients": {"prefers_gram": lambda *_: False},
+    "columns": {"prefers_gram": lambda *_: False, "has_grouped_kernels": lambda *_: False},
+    "gram": {"prefers_gram": lambda *_: True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("trials", "draws"), [(3, 1), (3, 3), (1, 1)])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", BODIES)
-def test_products_and_their_derivatives_are_those_of_autograd(kind, batch, trials, draws, batch_norm):
-    if batch_norm == "train" and (not kind.startswith("batch_norm") or (batch == 1 and kind == "batch_norm_flat")):
-        pytest.skip("the mode makes no difference, or one value has no variance")
+def test_products_and_their_derivatives_are_those_of_autograd(kind, batch, trials, draws, way, monkeypatch):
+    for name, choice in WAYS[way].items():
+        monkeypatch.setattr(products, name, choice)
     model, plain = classifier(kind, draws)
-    check(model, plain, *example(trials, batch), goals(model, trials), batch_norm)
+    check(model, plain, *example(trials, batch), goals(model, trials))
+
+
+@pytest.mark.parametrize(("trials", "draws"), [(3, 1), (3, 3), (1, 1)])
+@pytest.mark.parametrize(("kind", "batch"), [("batch_norm", 1), ("batch_norm", 3), ("batch_norm_flat", 3)])
+def test_batch_statistics_take_part_in_train_mode(kind, batch, trials, draws):
+    model, plain = classifier(kind, draws)
+    check(model, plain, *example(trials, batch), goals(model, trials), "train")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -168,7 +191,10 @@ def test_any_geometry_of_a_convolution_gives_autograds_products(
     check(model, plain, *example(trials, batch, (2, *size)), goals(model, trials))
 
 
-def test_gradcheck_of_a_small_net_passes():
+@pytest.mark.parametrize("way", WAYS)
+def test_gradcheck_of_a_small_net_passes(way, monkeypatch):
+    for name, choice in WAYS[way].items():
+        monkeypatch.setattr(products, name, choice)
     model, _ = classifier("conv_few_positions", 1)
     inputs, labels = example(2, 1, soft=True)
     target = goals(model, 2)
@@ -177,6 +203,13 @@ def test_gradcheck_of_a_small_net_passes():
         (inputs.requires_grad_(), labels.requires_grad_()),
         fast_mode=True,
     )
+
+
+def test_gram_matrices_serve_large_weights_at_few_positions():
+    large, small = torch.zeros(2, 512, 512, 3, 3), torch.zeros(2, 10, 768)
+    assert products.prefers_gram(large, 16)
+    assert not products.prefers_gram(large, 1024)
+    assert not products.prefers_gram(small, 1)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
