@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -125,17 +125,17 @@ class LBFGS(Optimiser):
 
 
 class _LBFGSRows:
-    """State of `LBFGS`: curvature pairs (H, Q, n), oldest first, and each row's last gradient, direction and length."""
+    """State of `LBFGS`: each row's curvature pairs, and its last gradient, direction and length."""
 
     def __init__(self, rule: LBFGS, leaves: Leaves) -> None:
         self.rule = rule
         self.leaves = leaves
-        self.moves: list[Tensor] = []
-        self.changes: list[Tensor] = []
-        self.inverses: list[Tensor] = []
-        self.direction = self.gradient = self.length = torch.empty(0)
-        self.scale = torch.empty(0)
-        self.begun = False
+        some = next(iter(leaves.values())).detach()
+        rows, numbers = len(some), sum(leaf[0].numel() for leaf in leaves.values())
+        self.gradient, self.direction = (some.new_zeros(rows, numbers) for _ in range(2))
+        self.length = some.new_zeros(rows)
+        self.begun = torch.zeros(rows, dtype=torch.bool, device=some.device)
+        self.pairs = _Pairs(self.length, rule.history)
 
     def step(self, evaluate: Evaluate) -> None:
         """Take ``inner`` iterations with as many evaluations."""
@@ -145,11 +145,10 @@ class _LBFGSRows:
         for inner in range(rule.inner):
             if bool(resting.all()):
                 return
-            self._aim(gradient, resting)
-            move = torch.where(resting, 0, self.length)[:, None] * self.direction
+            self._aim(gradient, ~resting)
             slope = (gradient * self.direction).sum(1)
             resting = resting | (slope > -rule.tolerance_change)
-            move = torch.where(resting[:, None], 0, move)
+            move = torch.where(resting, 0, self.length)[:, None] * self.direction
             self._move(move)
             if inner + 1 == rule.inner:
                 return
@@ -158,47 +157,17 @@ class _LBFGSRows:
             small = (gradient.abs().amax(1) <= rule.tolerance_grad) | (move.abs().amax(1) <= rule.tolerance_change)
             resting = resting | small | ((value - before).abs() < rule.tolerance_change) | ~value.isfinite()
 
-    def _aim(self, gradient: Tensor, resting: Tensor) -> None:
-        """Update direction and length of the rows that are not resting."""
-        if not self.begun:
-            self.begun = True
-            self.scale = torch.ones_like(gradient[:, 0])
-            self.direction = -gradient
-            self.length = self.rule.lr * (1 / gradient.abs().sum(1)).clamp(max=1)
-        else:
-            change = gradient - self.gradient
-            move = self.direction * self.length[:, None]
-            curvature = (change * move).sum(1)
-            valid = (curvature > 1e-10) & ~resting
-            self._remember(move, change, curvature, valid)
-            self.direction = torch.where(resting[:, None], self.direction, self._newton(gradient))
-            self.length = torch.where(resting, self.length, torch.full_like(self.length, self.rule.lr))
-        previous = self.gradient if len(self.gradient) else gradient
-        self.gradient = torch.where(resting[:, None], previous, gradient)
-
-    def _remember(self, move: Tensor, change: Tensor, curvature: Tensor, valid: Tensor) -> None:
-        """Append a pair; a row without a valid one gets zeros, which change nothing."""
-        mask = valid[:, None]
-        self.moves.append(torch.where(mask, move, 0))
-        self.changes.append(torch.where(mask, change, 0))
-        self.inverses.append(torch.where(valid, 1 / curvature, 0))
-        self.scale = torch.where(valid, curvature / change.square().sum(1), self.scale)
-        if len(self.moves) > self.rule.history:
-            for kept in (self.moves, self.changes, self.inverses):
-                kept.pop(0)
-
-    def _newton(self, gradient: Tensor) -> Tensor:
-        """Return minus the inverse Hessian's estimate times the gradient: the two-loop recursion."""
-        q = -gradient
-        factors = []
-        for move, change, inverse in zip(self.moves[::-1], self.changes[::-1], self.inverses[::-1], strict=True):
-            factor = (inverse * torch.linalg.vecdot(move, q))[:, None]
-            q = torch.addcmul(q, factor, change, value=-1)
-            factors.append(factor)
-        q = q * self.scale[:, None]
-        for move, change, inverse, factor in zip(self.moves, self.changes, self.inverses, factors[::-1], strict=True):
-            q = torch.addcmul(q, factor - (inverse * torch.linalg.vecdot(change, q))[:, None], move)
-        return q
+    def _aim(self, gradient: Tensor, moving: Tensor) -> None:
+        """Update direction and length of the rows that are ``moving``; nothing of the others changes."""
+        first, later = moving & ~self.begun, moving & self.begun
+        self.pairs.add(self.direction * self.length[:, None], gradient - self.gradient, later)
+        newton = -self.pairs.inverse_hessian(gradient)
+        self.direction = torch.where(later[:, None], newton, self.direction)
+        self.direction = torch.where(first[:, None], -gradient, self.direction)
+        self.length = torch.where(later, self.rule.lr, self.length)
+        self.length = torch.where(first, self.rule.lr * (1 / gradient.abs().sum(1)).clamp(max=1), self.length)
+        self.gradient = torch.where(moving[:, None], gradient, self.gradient)
+        self.begun = self.begun | moving
 
     def _evaluate(self, evaluate: Evaluate) -> tuple[Tensor, Tensor]:
         value, gradients = evaluate()
@@ -209,3 +178,66 @@ class _LBFGSRows:
             sizes = [leaf[0].numel() for leaf in self.leaves.values()]
             for leaf, part in zip(self.leaves.values(), torch.split(move, sizes, 1), strict=True):
                 leaf += part.reshape(leaf.shape)
+
+
+class _Pairs:
+    """The last H moves and changes of the gradient of every row, each row with a ring (H slots) of its own.
+
+    Args:
+        like: (Q,).
+        history: H.
+    """
+
+    def __init__(self, like: Tensor, history: int) -> None:
+        self.history = history
+        self.moves: list[Tensor] = []
+        self.changes: list[Tensor] = []
+        self.inverses: list[Tensor] = []
+        self.scale = torch.ones_like(like)
+        self.counts = torch.zeros_like(like, dtype=torch.int64)
+
+    def add(self, move: Tensor, change: Tensor, wanted: Tensor) -> None:
+        """Take in a pair (Q, n) of the rows that ``wanted`` marks, where its curvature is positive."""
+        curvature = (change * move).sum(1)
+        valid = wanted & (curvature > 1e-10)
+        slots = self.counts % self.history
+        for slot in torch.unique(slots[valid]).tolist():
+            here = valid & (slots == slot)
+            if slot == len(self.moves):
+                for kept, like in ((self.moves, move), (self.changes, move), (self.inverses, curvature)):
+                    kept.append(torch.zeros_like(like))
+            self.moves[slot] = torch.where(here[:, None], move, self.moves[slot])
+            self.changes[slot] = torch.where(here[:, None], change, self.changes[slot])
+            self.inverses[slot] = torch.where(here, 1 / curvature, self.inverses[slot])
+        self.scale = torch.where(valid, curvature / change.square().sum(1), self.scale)
+        self.counts = self.counts + valid
+
+    def inverse_hessian(self, gradient: Tensor) -> Tensor:
+        """Return the inverse Hessian's estimate times ``gradient`` (Q, n): the two-loop recursion."""
+        pairs = list(self._from_newest())
+        q, factors = gradient, []
+        for move, change, inverse in pairs:
+            factor = (inverse * torch.linalg.vecdot(move, q))[:, None]
+            q = torch.addcmul(q, factor, change, value=-1)
+            factors.append(factor)
+        q = q * self.scale[:, None]
+        for (move, change, inverse), factor in zip(reversed(pairs), reversed(factors), strict=True):
+            q = torch.addcmul(q, factor - (inverse * torch.linalg.vecdot(change, q))[:, None], move)
+        return q
+
+    def _from_newest(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield every row's pairs from the newest on; a row that has no more gets zeros, which change nothing."""
+        counts = torch.unique(self.counts).tolist()
+        for age in range(min(max(counts), self.history)):
+            slots = {count: (count - 1 - age) % self.history for count in counts if age < count}
+            if len(counts) == 1:
+                (slot,) = slots.values()
+                yield self.moves[slot], self.changes[slot], self.inverses[slot]
+                continue
+            chosen = [torch.zeros_like(kept[0]) for kept in (self.moves, self.changes, self.inverses)]
+            for count, slot in slots.items():
+                rows = self.counts == count
+                for i, kept in enumerate((self.moves, self.changes, self.inverses)):
+                    mask = rows[:, None] if kept[slot].dim() == 2 else rows
+                    chosen[i] = torch.where(mask, kept[slot], chosen[i])
+            yield chosen[0], chosen[1], chosen[2]

@@ -190,6 +190,30 @@ def test_lbfgs_rows_are_torchs_lbfgs(seed, inner, steps):
         torch.testing.assert_close(leaf[row], x, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("history", [3, 100])
+def test_an_lbfgs_row_does_not_depend_on_one_that_rests_or_fails(history):
+    target = torch.linspace(-1, 2, 6, dtype=torch.float64)
+
+    def run(starts, scales, steps=25):
+        leaf = torch.stack(starts).clone().requires_grad_()
+        scale = torch.tensor(scales, dtype=torch.float64)[:, None]
+        step = LBFGS(inner=4, history=history).start({"x": leaf}, steps)
+
+        def evaluate():
+            away = leaf - target
+            values = (scale * (away.square() + away.pow(4) * torch.arange(1, 7))).sum(1)
+            return values.detach(), {"x": torch.autograd.grad(values.sum(), leaf)[0]}
+
+        for _ in range(steps):
+            step(evaluate)
+        return leaf.detach()
+
+    start, scales = torch.full((6,), 3.0, dtype=torch.float64), [1.0, 1e-4, 1e-9, 1e-5]
+    together = run([start] * 4, scales)  # the third rests from the start, the others begin to rest at different steps
+    for row, scale in enumerate(scales):
+        torch.testing.assert_close(together[row], run([start], [scale])[0], rtol=0, atol=1e-12)
+
+
 def test_schedules_fall_as_their_papers_say():
     steps = [Adam(schedule="steps").factor(i, 800) for i in range(800)]
     assert [round(f, 6) for f in (steps[298], steps[299], steps[500], steps[799])] == [1, 0.1, 0.01, 0.001]
