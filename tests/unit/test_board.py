@@ -4,58 +4,20 @@ import io
 import json
 import subprocess
 import sys
-from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
+from board_rows import INPUTS, frame, make, only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from leakbench.board import render
-from leakbench.board.columns import COLUMNS, entry_label, entry_parameters
 from leakbench.board.score import TABLE_COLUMNS, cells, defense_worst_case
 from leakbench.board.stats import MIN_PAIRS, bootstrap, rank_groups
 from leakbench.metrics import METRICS
-from leakbench.results import ROW_FIELDS, blank_row, load_rows, task_columns, write_job
-from leakbench.tasks import Architecture, Task
-
-LABELS = Task(dataset="mnist", architecture=Architecture(name="mlp"))
-INPUTS = LABELS.model_copy(update={"target": "inputs"})
-DEFAULTS = {pa.string(): "", pa.int64(): 1, pa.float64(): 0.0, pa.bool_(): False}
-
-
-def make(values, attack="llg", *, task=LABELS, reference=0.2, statuses=None, **changes):
-    """Rows of one attack: the ranking metric per trial; None where the trial failed."""
-    metric = "instance_recall" if task.target == "labels" else "psnr"
-    base = {f.name: DEFAULTS.get(f.type, datetime(2026, 1, 1, tzinfo=UTC)) for f in ROW_FIELDS if not f.nullable}
-    base |= blank_row() | task_columns(task)
-    base |= {"season": "2026", "dataset_fingerprint": "f", "checkpoint_origin": "init", "isolation": "process"}
-    base |= {"attack": attack, "attack_params": "{}", "defense": "none", "defense_params": "{}", "wall_seconds": 0.5}
-    base |= {"draw": 0, METRICS[metric].reference: reference}
-    references = reference if isinstance(reference, list) else [reference] * len(values)
-    rows = []
-    for trial, (value, known) in enumerate(zip(values, references, strict=True)):
-        status = statuses[trial] if statuses else "ok" if value is not None else "error"
-        error = None if status == "ok" else f"{status} happened"
-        own = {"trial": trial, metric: value, METRICS[metric].reference: known, "status": status, "error": error}
-        row = base | own | changes
-        labels = {
-            f"{k}_label": entry_label(str(row[k]), entry_parameters(row[f"{k}_params"])) for k in ("attack", "defense")
-        }
-        rows.append(row | labels)
-    return rows
-
-
-def frame(*parts):
-    return pd.DataFrame([row for part in parts for row in part])
-
-
-def only(board):
-    assert len(board) == 1
-    return board.iloc[0]
+from leakbench.results import load_rows, write_job
 
 
 def test_a_failed_trial_counts_as_chance():
@@ -123,17 +85,6 @@ def test_an_image_cell_says_what_the_attack_makes_of_an_update_that_carries_noth
     assert "empty" not in labels.header + labels.caption.split()
     assert [texts[inputs.header.index("empty")] for _, texts in inputs.lines] == ["-", "11.0", "11.0"]
     assert "empty:" in inputs.caption
-
-
-def test_every_column_of_a_full_image_table_fits_the_terminal():
-    params = {"attack_params": '{"iterations": 24000, "total_variation": 0.0001}'}
-    both = [
-        make([118.21, 119.6, 120], task=INPUTS, reference=11.0, defense=d, **params) for d in ("none", "null_update")
-    ]
-    out = io.StringIO()
-    render.terminal(cells(frame(*both)), console=Console(file=out, width=80))
-    heading = next(line for line in out.getvalue().splitlines() if line.startswith("attack"))
-    assert heading.split() == ["attack", "psnr", "[dB]", "floor", "empty", "gain", "group", "trials", "ms"]
 
 
 def test_trials_whose_distance_could_not_be_had_do_not_move_its_mean():
@@ -337,94 +288,6 @@ def test_a_defense_is_unranked_where_an_attack_failed_or_was_not_run():
 )
 def test_only_official_rows_of_a_lane_behind_the_boundary_are_records(change, ranked):
     assert only(cells(frame(make([0.5] * 4, **change))))["ranked"] == ranked
-
-
-def demonstration():
-    rows = [
-        make([0.8, 0.9, 0.7, 0.88], "llg", season="development", dataset="digits"),
-        make([0.2, 0.3, None, 0.1], "random_labels", season="development", dataset="digits"),
-        make([None] * 4, "imprint", season="development", dataset="digits", statuses=["not_applicable"] * 4),
-        make([12.0, 14.0, 13.0, 12.5], "ig", task=INPUTS, reference=11.0, season="development", dataset="digits"),
-    ]
-    return cells(frame(*rows))
-
-
-def test_the_terminal_says_what_the_numbers_are_for_and_shows_interval_and_chance():
-    out = io.StringIO()
-    render.terminal(demonstration(), console=Console(file=out, width=80))
-    text = out.getvalue()
-    assert "season development" in text
-    assert "no records" in text
-    assert "digits is a demonstration lane" in text
-    assert all(len(line) <= 80 for line in text.splitlines())
-    line = next(line for line in text.splitlines() if line.startswith("llg "))
-    assert "0.82 [0.7" in line
-    assert " 0.20 " in line
-    assert text.index("\nllg ") < text.index("\nrandom_labels ")
-    assert "n/a" in next(line for line in text.splitlines() if "imprint" in line)
-
-
-def test_markdown_has_one_table_per_task_with_whole_lines():
-    text = render.markdown(demonstration())
-    assert text.count("### ") == 2
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {len(render.VIEW) + 1}  # with the defense, without a column that nothing is known of
-    assert "> digits is a demonstration lane" in text
-
-
-def test_json_and_csv_hold_every_cell_and_explain_every_column():
-    board = demonstration()
-    document = json.loads(render.to_json(board))
-    assert len(document["cells"]) == len(board)
-    assert set(document["cells"][0]) == set(document["meta"]["columns"]) == set(board.columns)
-    llg = next(c for c in document["cells"] if c["attack"] == "llg")
-    assert llg["mean"] == pytest.approx(0.82)
-    assert llg["psnr"] is None
-    back = pd.read_csv(io.StringIO(render.to_csv(board)))
-    assert back["mean"].tolist() == pytest.approx(board["mean"].tolist(), nan_ok=True)
-
-
-def test_long_labels_keep_the_parameters_that_differ():
-    def params(strength):
-        return json.dumps({"iterations": 24000, "step_size": 0.1, "total_variation": strength})
-
-    board = cells(frame(*(make([0.5] * 4, "inverting", attack_params=params(s)) for s in (0.1, 0.2))))
-    labels = [texts[0] for _, texts in next(render.tables(board)).lines]
-    assert sorted(labels) == [
-        "inverting(total_variation=0.1)",
-        "inverting(total_variation=0.2)",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "params", "label"),
-    [
-        ("llg", "{}", "llg"),
-        ("topk", '{"keep": 0.1}', "topk(keep=0.1)"),
-        ("clip+topk", '[{"norm": 1}, {"keep": 0.1}]', "clip(norm=1)+topk(keep=0.1)"),
-        ("clip+none", '[{"norm": 1}, {}]', "clip(norm=1)+none"),
-    ],
-)
-def test_labels_name_every_part_of_an_entry(name, params, label):
-    assert entry_label(name, entry_parameters(params)) == label
-
-
-def test_a_long_chain_keeps_the_parameters_that_differ():
-    chains = [json.dumps([{"norm": 1.0, "per_example": True}, {"keep": k, "layerwise": True}]) for k in (0.1, 0.2)]
-    board = cells(frame(*(make([0.5] * 4, defense="clip+topk", defense_params=c) for c in chains)))
-    labels = [defense for defense, _ in next(render.tables(board)).lines]
-    assert labels == ["clip+topk(keep=0.1)", "clip+topk(keep=0.2)"]
-
-
-def test_entries_of_the_same_name_from_other_sources_are_told_apart():
-    board = cells(frame(*(make([0.5] * 4, attack_source_sha256=s * 64) for s in "ab")))
-    assert sorted(texts[0] for _, texts in next(render.tables(board)).lines) == ["llg @aaaaaaa", "llg @bbbbbbb"]
-
-
-def test_column_keys_are_unique_and_explained():
-    keys = [column.key for column in COLUMNS]
-    assert len(keys) == len(set(keys))
-    assert all(column.label for column in COLUMNS)
 
 
 def test_rows_from_the_store_make_the_same_board(tmp_path):

@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
+from board_rows import INPUTS, LABELS, frame, make
 from rich.console import Console
-from test_board import INPUTS, LABELS, frame, make
 
 from leakbench.board import render
 from leakbench.board.lanes import LANE_COLUMNS, lanes

@@ -1,0 +1,114 @@
+"""What the terminal, Markdown, JSON and CSV say of a board."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pandas as pd
+import pytest
+from board_rows import INPUTS, frame, make
+from rich.console import Console
+
+from leakbench.board import render
+from leakbench.board.columns import COLUMNS, entry_label, entry_parameters
+from leakbench.board.score import cells
+
+
+def test_every_column_of_a_full_image_table_fits_the_terminal():
+    params = {"attack_params": '{"iterations": 24000, "total_variation": 0.0001}'}
+    both = [
+        make([118.21, 119.6, 120], task=INPUTS, reference=11.0, defense=d, **params) for d in ("none", "null_update")
+    ]
+    out = io.StringIO()
+    render.terminal(cells(frame(*both)), console=Console(file=out, width=80))
+    heading = next(line for line in out.getvalue().splitlines() if line.startswith("attack"))
+    assert heading.split() == ["attack", "psnr", "[dB]", "floor", "empty", "gain", "group", "trials", "ms"]
+
+
+def demonstration():
+    rows = [
+        make([0.8, 0.9, 0.7, 0.88], "llg", season="development", dataset="digits"),
+        make([0.2, 0.3, None, 0.1], "random_labels", season="development", dataset="digits"),
+        make([None] * 4, "imprint", season="development", dataset="digits", statuses=["not_applicable"] * 4),
+        make([12.0, 14.0, 13.0, 12.5], "ig", task=INPUTS, reference=11.0, season="development", dataset="digits"),
+    ]
+    return cells(frame(*rows))
+
+
+def test_the_terminal_says_what_the_numbers_are_for_and_shows_interval_and_chance():
+    out = io.StringIO()
+    render.terminal(demonstration(), console=Console(file=out, width=80))
+    text = out.getvalue()
+    assert "season development" in text
+    assert "no records" in text
+    assert "digits is a demonstration lane" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    line = next(line for line in text.splitlines() if line.startswith("llg "))
+    assert "0.82 [0.7" in line
+    assert " 0.20 " in line
+    assert text.index("\nllg ") < text.index("\nrandom_labels ")
+    assert "n/a" in next(line for line in text.splitlines() if "imprint" in line)
+
+
+def test_markdown_has_one_table_per_task_with_whole_lines():
+    text = render.markdown(demonstration())
+    assert text.count("### ") == 2
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {len(render.VIEW) + 1}  # with the defense, without a column that nothing is known of
+    assert "> digits is a demonstration lane" in text
+
+
+def test_json_and_csv_hold_every_cell_and_explain_every_column():
+    board = demonstration()
+    document = json.loads(render.to_json(board))
+    assert len(document["cells"]) == len(board)
+    assert set(document["cells"][0]) == set(document["meta"]["columns"]) == set(board.columns)
+    llg = next(c for c in document["cells"] if c["attack"] == "llg")
+    assert llg["mean"] == pytest.approx(0.82)
+    assert llg["psnr"] is None
+    back = pd.read_csv(io.StringIO(render.to_csv(board)))
+    assert back["mean"].tolist() == pytest.approx(board["mean"].tolist(), nan_ok=True)
+
+
+def test_long_labels_keep_the_parameters_that_differ():
+    def params(strength):
+        return json.dumps({"iterations": 24000, "step_size": 0.1, "total_variation": strength})
+
+    board = cells(frame(*(make([0.5] * 4, "inverting", attack_params=params(s)) for s in (0.1, 0.2))))
+    labels = [texts[0] for _, texts in next(render.tables(board)).lines]
+    assert sorted(labels) == [
+        "inverting(total_variation=0.1)",
+        "inverting(total_variation=0.2)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "label"),
+    [
+        ("llg", "{}", "llg"),
+        ("topk", '{"keep": 0.1}', "topk(keep=0.1)"),
+        ("clip+topk", '[{"norm": 1}, {"keep": 0.1}]', "clip(norm=1)+topk(keep=0.1)"),
+        ("clip+none", '[{"norm": 1}, {}]', "clip(norm=1)+none"),
+    ],
+)
+def test_labels_name_every_part_of_an_entry(name, params, label):
+    assert entry_label(name, entry_parameters(params)) == label
+
+
+def test_a_long_chain_keeps_the_parameters_that_differ():
+    chains = [json.dumps([{"norm": 1.0, "per_example": True}, {"keep": k, "layerwise": True}]) for k in (0.1, 0.2)]
+    board = cells(frame(*(make([0.5] * 4, defense="clip+topk", defense_params=c) for c in chains)))
+    labels = [defense for defense, _ in next(render.tables(board)).lines]
+    assert labels == ["clip+topk(keep=0.1)", "clip+topk(keep=0.2)"]
+
+
+def test_entries_of_the_same_name_from_other_sources_are_told_apart():
+    board = cells(frame(*(make([0.5] * 4, attack_source_sha256=s * 64) for s in "ab")))
+    assert sorted(texts[0] for _, texts in next(render.tables(board)).lines) == ["llg @aaaaaaa", "llg @bbbbbbb"]
+
+
+def test_column_keys_are_unique_and_explained():
+    keys = [column.key for column in COLUMNS]
+    assert len(keys) == len(set(keys))
+    assert all(column.label for column in COLUMNS)
