@@ -76,7 +76,7 @@ def products_of(passed: Tap, parameter: str, goal: Tensor) -> Products:
 def prefers_gram(goal: Tensor, positions: int) -> bool:
     """Whether Gram matrices over ``positions`` cost less than the gradient that ``goal`` (T, O, *) is compared with.
 
-    By shapes alone, so that equal blocks give equal rows; measured by ``tests/benchmarks/bench_inversion.py layers``.
+    By shapes alone, so that equal blocks give equal rows; measured by ``tests/benchmarks/bench_layers.py``.
     """
     weights, outputs = goal[0].numel(), goal.shape[1]
     return weights >= _FEW_WEIGHTS and 4 * positions * (weights // outputs + outputs) < weights

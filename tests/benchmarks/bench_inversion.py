@@ -1,4 +1,4 @@
-"""Inverting Gradients here against `breaching` 0.1.2: speed, equality of results, and the choice of formulas per layer.
+"""Inverting Gradients here against `breaching` 0.1.2: speed and equality of results.
 
 Run ``python tests/benchmarks/bench_inversion.py WHAT`` with WHAT one of
 
@@ -7,9 +7,6 @@ Run ``python tests/benchmarks/bench_inversion.py WHAT`` with WHAT one of
 - ``cross-check`` (an hour; ``--trials 4 --iterations 50`` for a quick look): the same net, gradients, labels, start
   images and iterations on both sides; exits with 1 where the lower 95% bound of our mean PSNR difference is not above
   -1 dB. Needs CIFAR-10, see LEAKBENCH_DATA.
-- ``layers`` (minutes; no `breaching`): for every layer shape the times of both ways to inner products of gradients,
-  and whether `leakbench.federation.products` chose the faster one: the table its rule was made from. Exits with 1
-  where it chose one that takes more than 1.5 times as long.
 
 `breaching` runs in an environment of its own, made once in the cache folder with uv or pip; ``--breaching-python``
 names another one. Its nets are its own classes, loaded with our weights; before anything is timed, both sides must give
@@ -31,7 +28,6 @@ same GPU, TF32 off on both sides (bar: 20x). This branch was written without a G
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -39,15 +35,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from common import CLASSES, NETS, SHAPE, keep_memory, timed
 from leakbench_baselines.attacks.inverting_gradients import InvertingGradients
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -56,22 +52,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from leakbench import Observation
 from leakbench.cache import cache_dir
 from leakbench.data import load_dataset
-from leakbench.federation import products
 from leakbench.federation.client import Client
 from leakbench.knowledge import Facts
 from leakbench.metrics.images import match, psnr
 from leakbench.models.functional import build_model
-from leakbench.models.taps import Tap, layer_of, tap
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
-from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
+from leakbench.tasks import InputSpec, Protocol, ThreatModel
 
-ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
-"""What the child server sets too. Page faults on fresh memory would cost both sides more than their arithmetic."""
 VERSION = "0.1.2"
-CLASSES, SHAPE = 10, (3, 32, 32)
-LENET = Architecture(name="lenet_zhu", init="uniform(0.5)")
-NETS = {"lenet_zhu": LENET, "resnet18": Architecture(name="resnet18"), "convnet": Architecture(name="convnet")}
 PASSES = 7
 """Forward passes' worth of arithmetic in the gradient of a distance of gradients: the pass itself, two products per
 layer in the backward pass, and two for each of these two and for the first in the second backward pass, less the weight
@@ -114,7 +103,7 @@ CROSS_CHECK = {"lenet_zhu": (64, 2000), "convnet": (16, 300)}
 def main() -> int:
     """Parse, run and return the exit status."""
     parser = argparse.ArgumentParser(description="Inverting Gradients here against breaching; see the file's head")
-    parser.add_argument("what", choices=("speed", "cross-check", "layers"))
+    parser.add_argument("what", choices=("speed", "cross-check"))
     parser.add_argument("--net", choices=sorted(NETS), action="append", help="only this net; may be repeated")
     parser.add_argument("--trials", type=int, help="fewer trials, for a quick look")
     parser.add_argument("--iterations", type=int, help="fewer iterations, for a quick look")
@@ -128,7 +117,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return {"speed": speed, "cross-check": cross_check, "layers": layers}[arguments.what](arguments)
+    return {"speed": speed, "cross-check": cross_check}[arguments.what](arguments)
 
 
 # --- both sides ---------------------------------------------------------------------------------------------------
@@ -311,15 +300,6 @@ def _line(case: Case, theirs: Theirs, arguments: argparse.Namespace, peak: float
     return met
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Return the seconds that a call takes, waiting for the GPU where there is one."""
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def arithmetic_peak(device: str) -> float:
     """Return the floating-point operations per second of a large matrix product."""
     size = 2048 if device == "cpu" else 8192
@@ -396,66 +376,6 @@ def interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, floa
     return float(low), float(high)
 
 
-# --- the rule -----------------------------------------------------------------------------------------------------
-
-
-def layers(arguments: argparse.Namespace) -> int:
-    """Print, per layer shape, both ways' times: Gram matrices, or the gradient itself."""
-    print(f"load average {os.getloadavg()[0]:.1f}; ms per trial, forward and derivative, least of {arguments.repeats}")
-    print(f"{'B':>2} {'T':>3} {'inputs':>14} {'outputs':>14} {'weights':>18} {'Gram':>8} {'gradient':>8}  chosen")
-    passed = True
-    for batch in (1, 8):
-        for trials, passed_on, goal in _taps(arguments, batch):
-            positions = batch * passed_on.at_outputs[0, 0, 0].numel()
-            chosen = products.prefers_gram(goal, positions)
-            ms = {}
-            for gram in (True, False):
-                if gram and positions**2 > 4 * goal[0].numel():  # two orders of magnitude slower, and huge
-                    ms[gram] = float("inf")
-                    continue
-                with mock.patch.object(products, "prefers_gram", lambda *_, gram=gram: gram):
-                    run = functools.partial(_derive, passed_on, goal)
-                    ms[gram] = min(1e3 * timed(run) / trials for _ in range(arguments.repeats + 1))
-            lost = ms[chosen] / min(ms.values())
-            passed &= lost <= 1.5
-            verdict = "the faster" if lost == 1 else f"the slower by {lost - 1:.0%}"
-            shapes = (tuple(v.shape[2:]) for v in (passed_on.inputs, passed_on.at_outputs, goal[:, None]))
-            print(
-                f"{batch:2} {trials:3} {'{!s:>14} {!s:>14} {!s:>18}'.format(*shapes)} "
-                f"{ms[True]:8.3f} {ms[False]:8.3f}  {'Gram' if chosen else 'gradient'}: {verdict}",
-                flush=True,
-            )
-    return 0 if passed else 1
-
-
-def _taps(arguments: argparse.Namespace, batch: int) -> Iterator[tuple[int, Tap, Tensor]]:
-    """Yield trials, what passes a layer, and a target, for every shape of a layer in the nets."""
-    seen = set()
-    for net in arguments.net or NETS:
-        model = build_model(NETS[net], SHAPE, CLASSES, seeds=[0])
-        inputs = torch.rand(1, 1, *SHAPE, requires_grad=True)
-        names = [name for name, value in model.parameters.items() if value[0].dim() > 1]
-        taps, _ = tap(model, inputs, lambda z: z.sum((1, 2)), names, create_graph=False)
-        for name in names:
-            one = taps[layer_of(name)]
-            shapes = (*one.inputs.shape, *one.at_outputs.shape, *model.parameters[name].shape)
-            trials = arguments.trials or max(
-                2, min(64, 2**22 // (batch * one.inputs.numel() + one.layer.weight.numel()))
-            )
-            if shapes not in seen:
-                seen.add(shapes)
-                x, d = (
-                    torch.randn(trials, batch, *v.shape[2:], requires_grad=True) for v in (one.inputs, one.at_outputs)
-                )
-                yield trials, Tap(one.layer, x, d), torch.randn(trials, *model.parameters[name].shape[1:])
-
-
-def _derive(passed: Tap, goal: Tensor) -> None:
-    dot, square = products.products_of(passed, "weight", goal)
-    torch.autograd.grad((dot + square).sum(), [passed.inputs, passed.at_outputs])
-
-
 if __name__ == "__main__":
-    if any(os.environ.get(k) != v for k, v in ENVIRONMENT.items()):  # read when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
+    keep_memory()
     sys.exit(main())
