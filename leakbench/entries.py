@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError
 from leakbench.cache import cache_dir
 from leakbench.errors import UserError, did_you_mean
 from leakbench.sources import EntrySource, Kind, find_source
+from leakbench.sources import sources as installed
 from leakbench.tasks import Part, content_hash
 
 Value = int | float | str | bool | None
@@ -114,12 +115,17 @@ class EntrySpec:
 
     def id_content(self) -> dict[str, Any]:
         """Return what identifies the entry in a job's hash."""
-        return {
+        content = {
             "name": self.name,
             "version": self.description.version,
             "params": dict(self.params),
             "source_sha256": self.description.source_sha256,
         }
+        labels = str(self.params.get("labels")).partition("(")[0].strip()
+        if labels in installed("attack"):
+            # Another entry that runs first; its parameters are in the name, its code is not.
+            content["labels_sha256"] = find_source("attack", labels).sha256
+        return content
 
     def request(self) -> dict[str, Any]:
         """Return what a child needs to build the entry; JSON-able."""

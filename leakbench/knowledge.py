@@ -86,7 +86,12 @@ class Knowledge:
         self._auxiliary = auxiliary
         self._defense = defense
         self._report = report
-        self.evaluations = 0
+        self._count = [0]  # shared with copies and blocks
+
+    @property
+    def evaluations(self) -> int:
+        """Gradient evaluations so far, of a batch of any number of trials."""
+        return self._count[0]
 
     # --- always known ---------------------------------------------------------------------------------------------
 
@@ -217,7 +222,7 @@ class Knowledge:
         Returns:
             Gradients (T, *shape) by parameter name.
         """
-        self.evaluations += 1
+        self._count[0] += 1
         protocol = self._facts.protocol
         return per_trial_gradients(
             model or self.model,
@@ -243,7 +248,7 @@ class Knowledge:
         Returns:
             <g, G> and ||g||^2 of every tensor, (T, P) each in the order of ``target``; differentiable once.
         """
-        self.evaluations += 1
+        self._count[0] += 1
         protocol = self._facts.protocol
         return per_trial_products(
             model or self.model,
@@ -298,7 +303,7 @@ class Knowledge:
                     self._grant(name, True)
         guessed = {"lr": lr, "local_steps": local_steps}
         protocol = self._facts.protocol.model_copy(update={k: v for k, v in guessed.items() if v is not None})
-        self.evaluations += protocol.local_steps
+        self._count[0] += protocol.local_steps
         client = Client(protocol, self.batch_size, (self._defense if defended else None) or DefenseChain())
         random = self._random.at("simulate", self.evaluations)
         if len(labels) != self.trials:  # more rows than trials: each has noise of its own

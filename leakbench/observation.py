@@ -44,7 +44,8 @@ class Observation(Knowledge):
     def block(self, first: int, last: int) -> Observation:
         """Return what is seen of trials ``first`` to ``last`` (exclusive), with fresh streams of the same trials.
 
-        What is drawn from it does not depend on the block's other trials, so work may be cut to fit the memory.
+        What is drawn from it does not depend on the block's other trials, so work may be cut to fit the memory. What
+        was prepared is handed on whole: cut it where it has a model per trial.
         """
         part = slice(first, last)
 
@@ -52,7 +53,7 @@ class Observation(Knowledge):
             return {name: value[part] for name, value in tensors.items()}
 
         seen = self._seen
-        return Observation(
+        part_of = Observation(
             Seen(
                 [cut(update) for update in seen.updates],
                 labels=None if seen.labels is None else seen.labels[part],
@@ -67,6 +68,8 @@ class Observation(Knowledge):
             defense=self._defense,
             report=self._report,
         )
+        part_of._count = self._count
+        return part_of
 
     def with_prepared(self, prepared: Mapping[str, Tensor]) -> Observation:
         """Return the same observation for an attack that another one runs, with what it prepared."""

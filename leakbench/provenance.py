@@ -23,6 +23,8 @@ NUMBER_MOVING = (
     "attack.py",
     "defense.py",
     "knowledge.py",
+    "observation.py",
+    "inversion/*.py",
     "data/*.py",
     "models/*.py",
     "federation/*.py",

@@ -45,10 +45,11 @@ class Inversion:
             of the moment.
         late: Share of the steps after which the priors count; before, the distance alone does. The best iterate is
             sought from then on.
-        chunk: Trials computed at once; by the shapes and the memory at hand where None.
+        chunk: Most trials computed at once; by the shapes and the memory at hand where None.
 
     Raises:
-        UserError: ``steps`` or ``restarts`` is below 1, or ``late`` is no share.
+        UserError: ``steps`` or ``restarts`` is below 1, ``late`` is no share, ``noise`` is negative or not on pixels,
+            or ``labels`` names no entry.
     """
 
     objective: Objective
@@ -69,6 +70,9 @@ class Inversion:
             raise UserError(f"expected steps and restarts of at least 1, got {self.steps} and {self.restarts}")
         if not 0 <= self.late < 1:
             raise UserError(f"expected 0 <= late < 1, got {self.late}")
+        if self.noise < 0 or (self.noise and not isinstance(self.space, Pixels)):
+            raise UserError(f"expected noise of at least 0, on pixels only, got {self.noise}")
+        LabelSource(self.labels).check()
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
         """Do what `Attack.prepare` has to do for an inversion: prepare the label attack, decline unsuitable tasks.
@@ -86,9 +90,11 @@ class Inversion:
 
     def run(self, observation: Observation) -> Recovery:
         """Recover inputs (T, K * N, *input_shape), and the labels they were recovered with."""
+        before = observation.evaluations
         labels = LabelSource(self.labels).labels(observation)
+        spent = observation.evaluations - before
         target = self.source.target(observation, units_of(self.objective))
-        steps, restarts = self._within(observation)
+        steps, restarts = self._within(observation, spent)
         clock = _Clock(observation, steps)
         size = self.chunk or default_chunk(observation, restarts)
         found: list[_Found] = []
@@ -113,15 +119,15 @@ class Inversion:
             label_counts=_counts(torch.cat([part.classes for part in found]), observation.num_classes),
             visible_loss=torch.cat([part.loss for part in found]),
             visible_loss_trace=torch.cat([part.trace for part in found]),
-            model_evaluations=evaluations,
+            model_evaluations=evaluations + spent,
             notes={name: torch.cat([part.notes[name] for part in found]) for name in found[0].notes} | {"chunk": size},
         )
 
-    def _within(self, observation: Observation) -> tuple[int, int]:
+    def _within(self, observation: Observation, spent: int) -> tuple[int, int]:
         """Return the steps and restarts that the budget pays for; the last comparison costs one evaluation each."""
         if observation.budget is None:
             return self.steps, self.restarts
-        budget = observation.budget // self.source.evaluations(observation)
+        budget = (observation.budget - spent) // self.source.evaluations(observation)
         restarts = min(self.restarts, max(1, budget))
         return max(0, min(self.steps, (budget // restarts - 1) // self.optimiser.evaluations)), restarts
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from leakbench.attack import FACTS, NEEDS, Attack
-from leakbench.entries import parse_expression
+from leakbench.entries import Call, parse_expression
 from leakbench.errors import NotGranted, UserError
 from leakbench.knowledge import Knowledge
 from leakbench.observation import Observation
 from leakbench.runner.loading import load_entry
-from leakbench.sources import find_source
+from leakbench.sources import EntrySource, find_source
 
 JOINT = "joint"
 """Labels are optimised together with the inputs."""
@@ -38,13 +38,27 @@ class LabelSource:
     def attack(self) -> Attack:
         """The label attack."""
         if self._attack is None:
-            (call,) = parse_expression(self.name)
-            source = find_source("attack", call.ref)
+            call, source = self._named()
             entry = load_entry({**source.request(), "kind": "attack", "name": source.name, "params": call.params}, {})
             if not isinstance(entry, Attack) or "labels" not in entry.recovers:
                 raise UserError(f"labels={self.name!r}: expected 'joint' or an attack that recovers labels, e.g. 'llg'")
             self._attack = entry
         return self._attack
+
+    def check(self) -> None:
+        """Look the name up, without importing the entry.
+
+        Raises:
+            UserError: It names no installed attack, or several.
+        """
+        if not self.joint:
+            self._named()
+
+    def _named(self) -> tuple[Call, EntrySource]:
+        calls = parse_expression(self.name)
+        if len(calls) != 1 or calls[0].ref.endswith(".py") or ".py:" in calls[0].ref:
+            raise UserError(f"labels={self.name!r}: expected 'joint' or one installed label attack, e.g. 'llg'")
+        return calls[0], find_source("attack", calls[0].ref)
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
         """Return what the label attack prepares, under names of its own.

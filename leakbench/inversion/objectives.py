@@ -169,7 +169,14 @@ class Masked(Objective):
 
     def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
         """Return the distance of every row, (Q,)."""
-        return self.inner(Comparison.of([(g * (goal != 0), goal) for g, goal in comparison.pairs]), unknowns)
+        return self.inner(self._masked(comparison), unknowns)
+
+    def score(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
+        """Return the inner objective's score, (Q,)."""
+        return self.inner.score(self._masked(comparison), unknowns)
+
+    def _masked(self, comparison: Comparison) -> Comparison:
+        return Comparison.of([(g * (goal != 0), goal) for g, goal in comparison.pairs])
 
 
 @dataclass(frozen=True, kw_only=True)

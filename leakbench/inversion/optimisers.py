@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from leakbench.errors import UserError
+
 Leaves = Mapping[str, Tensor]
 """What is optimised, (Q, *) by name; changed in place."""
 Evaluate = Callable[[], tuple[Tensor, dict[str, Tensor]]]
@@ -45,6 +47,9 @@ class Adam(Optimiser):
         schedule: ``steps`` divides the step size by ten after 3/8, 5/8 and 7/8 of the steps, ``cosine`` lets it fall
             to 0.
         warmup: Steps in which it rises from 0.
+
+    Raises:
+        UserError: ``lr`` is not positive.
     """
 
     lr: float = 0.1
@@ -53,6 +58,10 @@ class Adam(Optimiser):
     sign: Literal["none", "hard", "soft"] = "none"
     schedule: Literal["none", "steps", "cosine"] = "none"
     warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"lr: expected a positive step size such as 0.1, got {self.lr}")
 
     def start(self, leaves: Leaves, steps: int) -> Step:
         """Return the function that takes one of ``steps`` steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -52,6 +53,29 @@ def test_what_computes_or_scores_is_number_moving_and_what_shows_is_not():
     assert not moving & {"cli.py", "board/score.py", "runner/progress.py", "runner/isolate.py", "listing.py"}
 
 
+def test_everything_that_a_child_imports_of_leakbench_is_number_moving_or_known_not_to_be():
+    code = "import leakbench.runner.child, leakbench.inversion, sys; print(*sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    imported = {PACKAGE.parent.joinpath(*name.split(".")) for name in out.split() if name.startswith("leakbench.")}
+    files = {file for path in imported for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()}
+    moving = {path for pattern in NUMBER_MOVING for path in PACKAGE.glob(pattern)}
+    named = {file.relative_to(PACKAGE).as_posix() for file in files - moving}
+    assert named <= NAMES_AND_FILES, "add these to NUMBER_MOVING, or here if no number can depend on them"
+
+
+NAMES_AND_FILES = {
+    "cache.py",
+    "entries.py",
+    "errors.py",
+    "inversion/__init__.py",
+    "lock.py",
+    "registry.py",
+    "runner/__init__.py",
+    "sources.py",
+}
+"""Modules of a child that only name, find or hash things."""
+
+
 def test_a_wheel_inside_another_checkout_has_no_commit(copy, tmp_path):
     assert provenance._git() == (None, None)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
@@ -78,7 +102,5 @@ def test_provenance_of_a_cpu_run_is_complete_and_torch_free():
     assert columns["cuda"] is None
     assert columns["driver"] is None
     assert all(columns[key] for key in ("leakbench_version", "code_sha256", "host_kind", "python", "torch"))
-    import sys
-
     code = "import sys; from leakbench.provenance import provenance; provenance(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
