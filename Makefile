@@ -40,4 +40,3 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_gradients.py
 	$(BIN)/python tests/benchmarks/bench_boundary.py
 	$(BIN)/python tests/benchmarks/bench_labels.py
-	$(BIN)/python tests/benchmarks/bench_inversion.py speed
