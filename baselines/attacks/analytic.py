@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
+from leakbench_baselines.attacks.spear import dense_first_layer, first_layer_gradients
 from torch import Tensor
 
-from leakbench import Attack, Knowledge, NotApplicable, Observation, Recovery, UserError, register
+from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
 
 
 @register("analytic", version=1)
@@ -36,6 +38,7 @@ class Analytic(Attack):
     """
 
     recovers = frozenset({"inputs"})
+    exact: ClassVar[bool] = True
     needs = frozenset({"batch_size", "weights"})
 
     def __init__(self, *, tolerance: float = 1e-4) -> None:
@@ -45,15 +48,12 @@ class Analytic(Attack):
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
         """Decline nets whose first layer is not dense with a bias."""
-        shapes = [tuple(value.shape[1:]) for value in knowledge.model.parameters.values()][:2]
-        pixels = math.prod(knowledge.input_spec.shape)
-        if len(shapes) < 2 or len(shapes[0]) != 2 or shapes[0][1] != pixels or shapes[1] != shapes[0][:1]:
-            raise NotApplicable(f"the first layer is not dense with a bias (weight (d, {pixels}), bias (d))")
+        dense_first_layer(knowledge, relu=False)
         return {}
 
     def run(self, observation: Observation) -> Recovery:
         """Claim inputs (T, n, *input_shape): as many as are behind the update, or as the layer has rows."""
-        weight, bias = _first_layer(observation)
+        weight, bias = _scaled(*first_layer_gradients(observation, observation.model.parameter_names[:2]))
         shape = observation.input_spec.shape
         low, high = (bound.to(weight).expand(shape).flatten() for bound in observation.bounds)
         total = observation.inputs_per_client * observation.clients
@@ -67,11 +67,11 @@ class Analytic(Attack):
         """Return candidates (T, min(total, H), P) out of weight (T, H, P) and bias (T, H) gradients."""
         rows = weight / bias.where(bias != 0, 1)[..., None]
         rows = ((rows - low) / (high - low)).clamp(-1, 2)  # in pixel values; what is far off is no image either way
-        outside = (rows - rows.clamp(0, 1)).square().mean(2).sqrt().where(bias != 0, 1).double()
+        outside = (rows - rows.clamp(0, 1)).square().mean(2).sqrt().where(bias != 0, 1)
         possible = outside < self.tolerance
         # In float64, since the products that distances are made of lose half of the digits. Trials take turns for the
         # memory that takes.
-        distance = torch.stack([torch.cdist(one.double(), one.double()) for one in rows]) / rows.shape[2] ** 0.5
+        distance = torch.stack([torch.cdist(one, one) for one in rows]) / rows.shape[2] ** 0.5
         near = (distance < self.tolerance) & possible[:, :, None] & possible[:, None, :]
         trials = torch.arange(len(rows), device=rows.device)
         free = torch.ones_like(possible)
@@ -88,10 +88,8 @@ class Analytic(Attack):
         return torch.cat(claims, 1)
 
 
-def _first_layer(observation: Observation) -> tuple[Tensor, Tensor]:
-    """Return weight (T, H, P) and bias (T, H) gradients of the first layer, scaled so that the latter is at most 1."""
-    difference = observation.difference(observation.update)
-    weight, bias = (difference[name] for name in observation.model.parameter_names[:2])
+def _scaled(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients weight (T, H, P) and bias (T, H), scaled so that the latter is at most 1."""
     size = bias.abs().amax(1, keepdim=True)
     size = size.where(size > 0, 1)
     return (weight / size[..., None]).nan_to_num(0, 0, 0), (bias / size).nan_to_num(0, 0, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -40,6 +42,7 @@ class April(Attack):
     """
 
     recovers = frozenset({"inputs"})
+    exact: ClassVar[bool] = True
     needs = frozenset({"weights", "single_example"})
     reads = (POSITION, PROJECTION, ATTENTION)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,7 @@ class RGap(Attack):
     """
 
     recovers = frozenset({"inputs"})
+    exact: ClassVar[bool] = True
     needs = frozenset({"weights", "single_example", "head_bias"})
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ class Spear(Attack):
     """
 
     recovers = frozenset({"inputs"})
-    exact = True
+    exact: ClassVar[bool] = True
     needs = frozenset({"batch_size", "weights"})
 
     def __init__(self, *, samples: int = 2_000_000, tau: float = 0.1, max_batch: int = 25) -> None:

@@ -46,6 +46,11 @@ def test_every_attack_accepts_some_task(cls):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.parametrize("name", ["analytic", "april", "r_gap", "spear"])
+def test_closed_forms_are_held_to_the_bar_of_exact_attacks(name):
+    assert dict(tiny.entries("attacks"))[name].exact
+
+
 @pytest.mark.parametrize("cls", ATTACKS)
 def test_an_instance_tells_the_parameters_it_was_made_with(cls):
     signature = inspect.signature(cls).parameters
