@@ -58,6 +58,11 @@ class CocktailParty(Attack):
             raise UserError(
                 f"cocktail_party: expected steps >= 1 and lr > 0, got {steps}, {lr}; write cocktail_party(steps=25000)"
             )
+        if min(decorrelation, temperature, tv, negentropy) < 0:
+            raise UserError(
+                "cocktail_party: expected decorrelation, temperature, tv and negentropy of at least 0, got "
+                f"{decorrelation}, {temperature}, {tv} and {negentropy}"
+            )
         self.steps = steps
         self.lr = lr
         self.decorrelation = decorrelation

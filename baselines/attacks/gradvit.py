@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from leakbench import Knowledge, NotApplicable, Observation, Recovery, register
+from leakbench import Knowledge, NotApplicable, Observation, Recovery, UserError, register
 from leakbench.inversion import Adam, Inversion, InversionAttack, L2Norm, Prior, Rows, SquaredL2, TotalVariation
 
 
@@ -51,6 +51,8 @@ class GradViT(InversionAttack):
         restarts: int = 1,
         labels: str = "gradinversion_labels",
     ) -> None:
+        if borders < 0:
+            raise UserError(f"gradvit: borders: expected at least 0, got {borders}; write gradvit(borders=1e-4)")
         self.steps, self.restarts, self.labels, self.lr = steps, restarts, labels, lr
         self.gradient, self.borders, self.tv, self.l2 = gradient, borders, tv, l2
         self.inversion = Inversion(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from leakbench.errors import NotApplicable
+from leakbench.errors import NotApplicable, UserError
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.inversion.rows import Rows
 from leakbench.knowledge import Knowledge
@@ -33,7 +34,21 @@ class Prior(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TotalVariation(Prior):
+class _Weighted(Prior):
+    """A prior with a factor.
+
+    Raises:
+        UserError: The factor is negative or no finite number.
+    """
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        _check(self, "weight", self.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalVariation(_Weighted):
     """mean over pixels of (|dx|^p + |dy|^p)^q, dx and dy being differences of neighbours; images only.
 
     Args:
@@ -43,7 +58,6 @@ class TotalVariation(Prior):
         opponents: Whether the differences of the color channels count as channels too ("double opponent").
     """
 
-    weight: float
     p: float = 1.0
     q: float = 1.0
     opponents: bool = False
@@ -68,14 +82,12 @@ def _sum_of_means(first: Tensor, second: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class L2Norm(Prior):
+class L2Norm(_Weighted):
     """||x||_2 of every input, averaged over the batch.
 
     Args:
         weight: Factor.
     """
-
-    weight: float
 
     def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:  # noqa: ARG002
         """Return the penalty (Q,) of inputs (Q, N, *input_shape)."""
@@ -84,7 +96,7 @@ class L2Norm(Prior):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchNormStatistics(Prior):
+class BatchNormStatistics(_Weighted):
     """sum_l ||mean_l(x) - M_l||_2 + ||var_l(x) - V_l||_2 over the inputs of the BatchNorm layers.
 
     M and V are the statistics that the threat model grants: the running ones, or those of the private batch.
@@ -94,8 +106,11 @@ class BatchNormStatistics(Prior):
         first: Factor of the first layer.
     """
 
-    weight: float
     first: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "first", self.first)
 
     def check(self, knowledge: Knowledge) -> None:
         """Decline a net without BatchNorm, or statistics that are withheld."""
@@ -121,14 +136,12 @@ class BatchNormStatistics(Prior):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupConsistency(Prior):
+class GroupConsistency(_Weighted):
     """Distance of every restart's input from the mean over the restarts of its trial; no registration.
 
     Args:
         weight: Factor.
     """
-
-    weight: float
 
     def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:
         """Return the penalty (Q,) of inputs (Q, N, *input_shape)."""
@@ -138,14 +151,12 @@ class GroupConsistency(Prior):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureMatch(Prior):
+class FeatureMatch(_Weighted):
     """Squared distance of the last layer's input from g_W[c] / g_b[c], its mean over the examples of class c.
 
     Args:
         weight: Factor.
     """
-
-    weight: float
 
     def check(self, knowledge: Knowledge) -> None:
         """Decline a last layer without bias."""
@@ -160,3 +171,8 @@ class FeatureMatch(Prior):
         (features,) = layer_inputs(rows.model, inputs, [rows.model.head])
         wanted = measured.gather(1, rows.classes[..., None].expand(-1, -1, measured.shape[2]))
         return self.weight * (features - wanted).square().mean((1, 2))
+
+
+def _check(prior: Prior, name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise UserError(f"{name} of {type(prior).__name__}: expected a finite number of at least 0, got {value}")
