@@ -15,7 +15,7 @@ import pyarrow as pa
 from leakbench.metrics import METRICS
 from leakbench.tasks import Task
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Raised when a column is added, removed, renamed or changes its type."""
 
 BENCHMARK_VERSION = "0.3"
@@ -23,10 +23,14 @@ BENCHMARK_VERSION = "0.3"
 
 STATUSES = ("ok", "error", "timeout", "oom", "invalid", "not_applicable", "unavailable")
 """What became of a trial: recovered and scored; the entry raised or died; ran past its limit; out of memory; returned
-something invalid; the task does not grant what the attack needs; data or weights are not at hand."""
+something invalid; the task does not grant what the attack needs, or the attack declined before it saw an update; data
+or weights are not at hand."""
 
 FAILURES = ("error", "timeout", "oom", "invalid")
 """The statuses that are the entry's failure."""
+
+SENT, DEFENDED = "sent", "defended"
+"""Values of ``model_shown``."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,12 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("block_stop", _INT, "One past the last trial of the job"),
     Field("trial", _INT, "Number of the trial; it names the victim"),
     Field("model_draws", _TEXT, "one: all trials share a model; per_trial: each has its own draw"),
+    Field(
+        "model_shown",
+        _TEXT,
+        "What the adversary sees of the model: sent, as the client got it; defended: a defense changed what the "
+        "adversary sees of the model, which overstates protection against a server (such rows have no lane)",
+    ),
     Field("draw", _INT, "Number of the init or checkpoint that the trial uses"),
     Field("distinct_labels", _INT, "Distinct labels among the victim's; null: not drawn", nullable=True),
     Field("max_label_count", _INT, "Count of the victim's most frequent label; null: not drawn", nullable=True),

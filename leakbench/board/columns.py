@@ -1,7 +1,8 @@
 """The columns of the board: what is computed from the rows of one attack, defense and task.
 
 An attack is never rewarded for failing: a trial that failed counts as the chance level (labels) or floor (inputs) of
-its metric. Trials that were not applicable or not available are counted and left out.
+its metric. So does one that the attack declined in a cell of which it tried others: it may have picked the easy ones.
+Trials that were not available, and cells that were not applicable throughout, are counted and left out.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 from leakbench.board.stats import Interval, bootstrap
 from leakbench.keys import DEVELOPMENT
 from leakbench.metrics import METRICS, MetricSpec, headline
-from leakbench.schema import FAILURES, STATUSES
+from leakbench.schema import DEFENDED, FAILURES, STATUSES
 
 DEMONSTRATION_DATASETS = frozenset({"digits"})
 """Datasets that are in every environment, an attack's included: their rows demonstrate and are never ranked."""
+
+OVERSTATES = "overstates protection"
+"""Note on a defense that changes what the adversary sees of the model: a server knows what it sent."""
 
 TASK_KEYS = (
     *("season", "season_commitment", "benchmark_version", "lane", "task", "task_version", "task_hash", "target"),
@@ -69,8 +73,10 @@ class Cell:
 
     @cached_property
     def tried(self) -> pd.DataFrame:
-        """The rows that count: succeeded or failed."""
-        return self.rows[self.rows["status"].isin(["ok", *FAILURES])]
+        """The rows that count: succeeded or failed, and where there are such, those that the attack declined."""
+        status = self.rows["status"]
+        tried = status.isin(["ok", *FAILURES])
+        return self.rows[tried | (status == "not_applicable")] if tried.any() else self.rows[tried]
 
     @cached_property
     def clusters(self) -> list[tuple[int, int]]:
@@ -126,6 +132,11 @@ class Cell:
             return Interval(np.nan, np.nan, np.nan)
         difference = self.values(self.metric) - self.reference(self.metric)
         return bootstrap(difference, self.clusters, "gain", *self.keys.values())
+
+    @property
+    def defense_note(self) -> str | None:
+        """What to know of the defense: that it hides from the server what the server itself has sent."""
+        return OVERSTATES if (self.rows["model_shown"] == DEFENDED).any() else None
 
     def count(self, *statuses: str) -> int:
         """Return the number of rows with one of the statuses."""
@@ -189,8 +200,13 @@ def _mean(spec: MetricSpec) -> BoardColumn:
 COLUMNS: tuple[BoardColumn, ...] = (
     BoardColumn("attack_label", "attack with its notable parameters", lambda c: _label(c, "attack")),
     BoardColumn("defense_label", "defense with its notable parameters", lambda c: _label(c, "defense")),
+    BoardColumn(
+        "defense_note",
+        f"`{OVERSTATES}` where the defense changes what the adversary sees of the model",
+        lambda c: c.defense_note,
+    ),
     BoardColumn("metric", "metric that ranks", lambda c: c.metric.name),
-    BoardColumn("n", "trials that count: succeeded or failed", lambda c: len(c.tried)),
+    BoardColumn("n", "trials that count: succeeded, failed, or declined while others were not", lambda c: len(c.tried)),
     *map(_status, STATUSES),
     BoardColumn("coverage", "share of n that succeeded", lambda c: c.coverage),
     BoardColumn("mean", "mean of the ranking metric", lambda c: c.score.mean),

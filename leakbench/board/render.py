@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from leakbench.board.columns import CELL_KEYS, COLUMNS, DEMONSTRATION_DATASETS, TASK_KEYS, entry_label, entry_parameters
+from leakbench.board.columns import (
+    CELL_KEYS,
+    COLUMNS,
+    DEMONSTRATION_DATASETS,
+    OVERSTATES,
+    TASK_KEYS,
+    entry_label,
+    entry_parameters,
+)
 from leakbench.board.lanes import LANE_COLUMNS, LANE_KEYS
 from leakbench.board.score import TABLE_COLUMNS, group_ids
 from leakbench.board.stats import CONFIDENCE, RESAMPLES
@@ -112,6 +120,11 @@ def notes(board: pd.DataFrame) -> list[str]:
     ]
     if board["isolation"].str.contains("none").any():
         lines.append("Rows of isolation none were made without the process boundary: to debug, not to publish.")
+    if (board["defense_note"] == OVERSTATES).any():
+        lines.append(
+            f"A defense that {OVERSTATES} changes what the adversary sees of the model, but a server knows what it "
+            "sent: such cells have no lane and are never ranked."
+        )
     return lines
 
 
@@ -155,7 +168,8 @@ def tables(board: pd.DataFrame) -> Iterator[Table]:
     for _, task in board.groupby(group_ids(board, TASK_KEYS), sort=False):
         first = task.iloc[0]
         task = task.assign(
-            defense_short=_short_labels(task, "defense"),
+            defense_short=_short_labels(task, "defense")
+            + task["defense_note"].map(lambda note: "" if pd.isna(note) else f" ({note})"),
             attack_short=_short_labels(task, "attack"),
             _defended=task["defense"] != "none",
         ).sort_values(["_defended", "defense_label", "mean"], ascending=[True, True, False], kind="stable")
@@ -170,7 +184,8 @@ def tables(board: pd.DataFrame) -> Iterator[Table]:
             columns=columns,
             header=[column.title.format(**names) for column in columns],
             lines=[(c["defense_short"], [column.text(c) for column in columns]) for c in task.to_dict("records")],
-            caption=f"{CONFIDENCE:.0%} bootstrap intervals over trials; a failed trial counts as {names['reference']}; "
+            caption=f"{CONFIDENCE:.0%} bootstrap intervals over trials; a trial that failed, or was declined while "
+            f"others were not, counts as {names['reference']}; "
             "attacks of one group cannot be told apart; ms: milliseconds per trial"
             + ("; empty: the same attack on an update that carries nothing" if task["empty"].notna().any() else "")
             + (f"; detectable difference about {detectable:.2g}" if detectable > 0 else ""),

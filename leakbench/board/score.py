@@ -10,6 +10,7 @@ import pandas as pd
 
 from leakbench.board.columns import ATTACK_KEYS, CELL_KEYS, COLUMNS, DEFENSE_KEYS, TASK_KEYS, Cell
 from leakbench.board.stats import detectable_difference, rank_groups
+from leakbench.schema import DEFENDED
 
 TABLE_COLUMNS = {
     "rank_group": "1 for the best attack on this task and defense and those that cannot be told from it, and so on",
@@ -75,9 +76,13 @@ def _plain(value: Any) -> Any:
 
 
 def _with_checkpoint(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add the column ``checkpoint``, and complete it and the fingerprint on rows that failed before they were known."""
+    """Add the column ``checkpoint``, and complete it, fingerprint and lane on rows that failed before they were known.
+
+    A cell has no lane if any of its rows saw a model that the defense had changed.
+    """
     rows = rows.assign(checkpoint=rows["checkpoint_origin"].astype(object))
-    entry = group_ids(rows, tuple(key for key in CELL_KEYS if key not in ("dataset_fingerprint", "checkpoint")))
+    completed = ("dataset_fingerprint", "checkpoint", "lane")
+    entry = group_ids(rows, tuple(key for key in CELL_KEYS if key not in completed))
     for _, part in rows[rows["checkpoint_origin"] == "local"].groupby(entry):
         weights = part[["draw", "checkpoint_sha256"]].drop_duplicates().sort_values(["draw", "checkpoint_sha256"])
         if weights["draw"].is_unique:
@@ -89,6 +94,8 @@ def _with_checkpoint(rows: pd.DataFrame) -> pd.DataFrame:
         known = rows.groupby(entry)[key]
         fill = rows[key].isna() & (known.transform("nunique") == 1)
         rows[key] = rows[key].astype(object).mask(fill, known.transform("first"))
+    defended = (rows["model_shown"] == DEFENDED).groupby(entry).transform("any")
+    rows["lane"] = rows["lane"].astype(object).mask(defended, None)
     return rows
 
 
@@ -96,7 +103,8 @@ def defense_worst_case(board: pd.DataFrame) -> pd.DataFrame:
     """Return the privacy of every defense: its worst trial-mean over all attacks on the task.
 
     A defense is left unranked, with the reason, where an attack on it failed in any trial, was unavailable, or was run
-    against another defense but not against this one (not applicable is fine, but has to be in the rows).
+    against another defense but not against this one (not applicable is fine, but has to be in the rows), and where it
+    overstates its protection.
 
     Args:
         board: What `cells` returns.
@@ -122,7 +130,7 @@ def defense_worst_case(board: pd.DataFrame) -> pd.DataFrame:
 
 def _worst(own: pd.DataFrame, attacks: set[str], undefended: float) -> dict[str, Any]:
     failed = own.loc[(own["ok"] < own["n"]) | (own["unavailable"] > 0), "attack_label"]
-    problems = [f"failed: {name}" for name in failed]
+    problems = [*own["defense_note"].dropna().unique(), *(f"failed: {name}" for name in failed)]
     problems += [f"not run: {name}" for name in sorted(attacks - set(own["attack_label"]))]
     counted = own[own["n"] > 0]
     if counted.empty:

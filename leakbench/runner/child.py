@@ -93,8 +93,9 @@ class ClientRole:
 
     The request's body holds ``protocol``, ``batch_size``, ``input_spec``, ``normalise``, ``num_classes``,
     ``architecture``, ``defense`` (entry requests), ``names`` (tensors to send, or null), ``bn_statistics`` (which to
-    add to the update, its tensors' names led by `STATISTICS`) and ``device``; its blobs are
-    ``model``, ``victims`` (uint8 images (T, K, N, *shape), labels (T, K, N)), ``seeds`` and optionally ``order``.
+    add to the update, its tensors' names led by `STATISTICS`), ``shows`` (whether to add the model as an adversary
+    sees it, led by `SHOWN`) and ``device``; its blobs are ``model``, ``victims`` (uint8 images (T, K, N, *shape),
+    labels (T, K, N)), ``seeds`` and optionally ``order``.
     """
 
     def __init__(self, message: Message, local: Local) -> None:
@@ -112,6 +113,7 @@ class ClientRole:
         self.random = TrialRandom(message.tensors("seeds")["seeds"], device=self.device)
         self.order = message.tensors("order").get("order")
         self.bn_statistics = body["bn_statistics"]
+        self.shows: bool = body["shows"]
         self.names = None if body["names"] is None else frozenset(body["names"])
         self.states = [ClientState() for _ in range(self.protocol.clients)]
         self.client = Client(self.protocol, body["batch_size"], self.chain)
@@ -136,16 +138,17 @@ class ClientRole:
                 client=k,
             )
             update |= {f"{STATISTICS}{n}": v for n, v in self._statistics(model, k).items()}
-            shown = self.client.shown(
-                model,
-                self.inputs[:, k],
-                self.labels[:, k],
-                random=self.random,
-                state=self.states[k],
-                round_index=message.body["round"],
-                client=k,
-            )
-            update |= {f"{SHOWN}{n}": v for n, v in shown.items()}
+            if self.shows:
+                shown = self.client.shown(
+                    model,
+                    self.inputs[:, k],
+                    self.labels[:, k],
+                    random=self.random,
+                    state=self.states[k],
+                    round_index=message.body["round"],
+                    client=k,
+                )
+                update |= {f"{SHOWN}{n}": v for n, v in shown.items()}
             total.add({name: tensor.detach() for name, tensor in update.items()})
         trials = self.labels.shape[0]
         sent = {n: v.expand(trials, *v.shape[1:]).to("cpu") for n, v in total.mean().items()}

@@ -24,6 +24,7 @@ from leakbench.runner.rows import Outcome
 from leakbench.runner.scene import Weights
 from leakbench.runner.wire import Blob
 from leakbench.runner.workshop import SLACK_BYTES, Workshop, ask, blaming
+from leakbench.schema import DEFENDED
 
 GRACE_SECONDS = 30.0
 """Added to every time limit: starting the child and importing the entry are not the entry's fault."""
@@ -64,7 +65,10 @@ class Exchange:
         self.data = shop.scenes.dataset(job.task)
         self.order = shop.scenes.order(job.task, job.trials)
         self.names = read_names(job.attack.description.reads, weights, job.task.protocol, job.task.target)
-        self.shows = any("broadcast" in part.description.acts_on for part in job.defense)
+        # An adversary that does not know the weights is not shown any.
+        self.shows = job.task.threat_model.weights and any(
+            "broadcast" in part.description.acts_on for part in job.defense
+        )
         self.stack = ExitStack()
 
     def run(self) -> None:
@@ -121,6 +125,7 @@ class Exchange:
             "defense": [self.shop.request(part) for part in job.defense],
             "names": self.names,
             "bn_statistics": task.threat_model.bn_statistics,
+            "shows": self.shows,
             "device": self.shop.device,
         }
         with blaming("client"):
@@ -157,6 +162,7 @@ class Exchange:
             tensors = message.tensors("update")
             got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             if self.shows and any(name.startswith(SHOWN) for name in got):
+                self.outcome.model_shown = DEFENDED
                 expected |= {f"{SHOWN}{n}": (trials, *v.shape[1:]) for n, v in self.weights.parameters.items()}
             if got != expected:
                 raise InvalidOutput(f"sent tensors {_brief(got)}, expected {_brief(expected)}")

@@ -22,6 +22,7 @@ from leakbench.results import blank_row, task_columns
 from leakbench.runner.children import one_line
 from leakbench.runner.plan import Job
 from leakbench.runner.scene import Scenes, Weights, pixels, true_pixels
+from leakbench.schema import DEFENDED, SENT
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Outcome:
         peak_memory: Of the attack's process, bytes.
         isolation: What confined the children.
         update_bytes: Most bytes that an update may have.
+        model_shown: What the adversary sees of the model: ``sent`` or ``defended``.
     """
 
     status: str
@@ -49,6 +51,7 @@ class Outcome:
     peak_memory: int | None = None
     isolation: dict[str, Any] = field(default_factory=dict)
     update_bytes: int = 0
+    model_shown: str = SENT
 
     def fail(self, status: str, error: str) -> None:
         """Note why there is no recovery; the text may come from an entry."""
@@ -80,6 +83,7 @@ def job_rows(
         "block_start": job.start,
         "block_stop": job.stop,
         "model_draws": job.model_draws,
+        "model_shown": outcome.model_shown,
         "threads": job.threads,
         "status": outcome.status,
         "error": outcome.error,
@@ -87,6 +91,8 @@ def job_rows(
         "peak_memory_bytes": outcome.peak_memory,
         "utc": dt.datetime.now(dt.UTC),
     }
+    if outcome.model_shown == DEFENDED:
+        fixed["lane"] = None
     columns: dict[str, Sequence[Any]] = {"trial": list(job.trials)}
     if outcome.wall_seconds is not None:
         fixed["wall_seconds"] = outcome.wall_seconds / count

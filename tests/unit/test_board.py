@@ -69,6 +69,28 @@ def test_cells_that_could_not_be_tried_are_listed_without_numbers(status):
     assert cell[list(METRICS)].isna().all()
 
 
+def test_a_trial_that_an_attack_declined_counts_as_the_floor_where_it_tried_others():
+    statuses = ["ok", "not_applicable", "not_applicable", "unavailable"]
+    cell = only(
+        cells(frame(make([20.0, None, None, None], task=INPUTS, reference=[9.0, 8.0, 10.0, 5.0], statuses=statuses)))
+    )
+    assert (cell["n"], cell["ok"], cell["not_applicable"]) == (3, 1, 2)
+    assert cell["coverage"] == pytest.approx(1 / 3)
+    assert cell["mean"] == cell["psnr"] == pytest.approx((20 + 8 + 10) / 3)
+    assert cell["gain"] == pytest.approx(11 / 3)
+
+
+def test_a_trial_that_an_attack_declined_counts_as_the_floor_where_it_failed_on_others():
+    cell = only(cells(frame(make([None] * 3, reference=0.2, statuses=["timeout", "not_applicable", "not_applicable"]))))
+    assert (cell["n"], cell["mean"]) == (3, pytest.approx(0.2))
+
+
+def test_a_cell_of_which_nothing_was_tried_is_left_out():
+    cell = only(cells(frame(make([None] * 3, statuses=["unavailable", "not_applicable", "not_applicable"]))))
+    assert cell["n"] == 0
+    assert np.isnan(cell["mean"])
+
+
 def test_an_image_cell_says_what_the_attack_makes_of_an_update_that_carries_nothing():
     rows = frame(
         make([20.0] * 3, "a", task=INPUTS, reference=11.0),
@@ -288,6 +310,22 @@ def test_a_defense_is_unranked_where_an_attack_failed_or_was_not_run():
 )
 def test_only_official_rows_of_a_lane_behind_the_boundary_are_records(change, ranked):
     assert only(cells(frame(make([0.5] * 4, **change))))["ranked"] == ranked
+
+
+def test_a_defense_that_changes_what_is_seen_of_the_model_has_no_lane_even_where_it_did_so_in_some_trials_only():
+    rows = make([0.2] * 4, defense="hide")
+    for row in rows[:2]:
+        row |= {"model_shown": "defended", "lane": None}
+    board = cells(frame(make([0.9] * 4), make([0.5] * 4, defense="topk"), rows)).set_index("defense")
+    assert board["n"].to_dict() == {"none": 4, "topk": 4, "hide": 4}
+    assert board["ranked"].to_dict() == {"none": True, "topk": True, "hide": False}
+    assert pd.isna(board.loc["hide", "lane"])
+    assert board["defense_note"].fillna("").to_dict() == {"none": "", "topk": "", "hide": "overstates protection"}
+    worst = defense_worst_case(board.reset_index()).set_index("defense")
+    assert worst.loc["hide", "unranked_because"] == "overstates protection"
+    assert np.isnan(worst.loc["hide", "privacy"])
+    assert worst.loc["topk", "privacy"] == pytest.approx(0.4 / 0.7)
+    assert pd.isna(worst.loc["topk", "unranked_because"])
 
 
 def test_rows_from_the_store_make_the_same_board(tmp_path):

@@ -59,6 +59,22 @@ def test_markdown_has_one_table_per_task_with_whole_lines():
     assert "> digits is a demonstration lane" in text
 
 
+def test_a_defense_that_overstates_protection_is_said_to_do_so_wherever_it_is_shown():
+    hidden = make([0.2] * 4, defense="hide", model_shown="defended", lane=None)
+    board = cells(frame(make([0.9] * 4), make([0.5] * 4, defense="topk"), hidden))
+    out = io.StringIO()
+    render.terminal(board, console=Console(file=out, width=80))
+    assert "vs hide (overstates protection)\n" in out.getvalue()
+    assert "vs topk\n" in out.getvalue()
+    text = render.markdown(board)
+    assert "| hide (overstates protection) |" in text
+    assert "| topk |" in text
+    assert "> A defense that overstates protection changes what" in text
+    told = {cell["defense"]: cell["defense_note"] for cell in json.loads(render.to_json(board))["cells"]}
+    assert told == {"none": None, "topk": None, "hide": "overstates protection"}
+    assert "overstates" not in render.markdown(board[board["defense"] != "hide"])
+
+
 def test_json_and_csv_hold_every_cell_and_explain_every_column():
     board = demonstration()
     document = json.loads(render.to_json(board))

@@ -10,9 +10,11 @@ import pytest
 from leakbench.entries import resolve, resolve_all
 from leakbench.grids import Budget, Cell
 from leakbench.keys import DEVELOPMENT
+from leakbench.runner.child import SHOWN
+from leakbench.runner.exchange import Exchange
 from leakbench.runner.execute import Runner
 from leakbench.runner.plan import plan
-from leakbench.tasks import Architecture, BatchSpec, Protocol, Task
+from leakbench.tasks import Architecture, BatchSpec, Protocol, Task, ThreatModel
 
 TRIALS = 3
 ENTRIES = """
@@ -85,6 +87,13 @@ class Doubles(Defense):
         return {name: 2 * value for name, value in weights.items()}
 
 
+class ShowsWhatIs(Defense):
+    acts_on = frozenset({"broadcast"})
+
+    def broadcast(self, weights, ctx):
+        return weights
+
+
 class ShowsLess(Defense):
     acts_on = frozenset({"broadcast"})
 
@@ -111,7 +120,7 @@ def run(tmp_path_factory):
     path.write_text(ENTRIES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEAKBENCH_CACHE", str(path.parent / "cache"))
-        defenses = [("defense", f"{path}:{name}") for name in ("Doubles", "ShowsLess")]
+        defenses = [("defense", f"{path}:{name}") for name in ("Doubles", "ShowsWhatIs", "ShowsLess")]
         resolve_all([("attack", f"{path}:{name}") for name in CLASSES] + defenses)
         with Runner(path.parent / "out", season=DEVELOPMENT, isolation="process", files=[path]) as runner:
 
@@ -163,3 +172,34 @@ def test_a_defense_that_shows_less_than_the_model_fails(run):
     rows = run("SeesModel", PASSIVE, "ShowsLess")
     assert set(rows.status) == {"invalid"}
     assert rows.error.str.contains("broadcast must return the names and shapes").all()
+
+
+@pytest.mark.parametrize(
+    ("defense", "shown", "lane"),
+    [("none", "sent", "passive_labels"), ("ShowsWhatIs", "sent", "passive_labels"), ("Doubles", "defended", "no lane")],
+)
+def test_rows_say_whether_the_model_that_is_seen_is_the_one_that_was_sent_and_have_a_lane_only_if_it_is(
+    run, defense, shown, lane
+):
+    rows = run("Notes", PASSIVE, defense)
+    assert set(rows.status) == {"ok"}, rows.error[0]
+    assert set(rows.model_shown) == {shown}
+    assert set(rows.lane.fillna("no lane")) == {lane}
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_attack_without_the_weights_is_never_sent_what_a_defense_shows_of_them(run, monkeypatch, weights):
+    sent = []
+    recover = Exchange._recover
+
+    def record(self, attack, updates):
+        sent.extend(name for update in updates for name in update.load())
+        recover(self, attack, updates)
+
+    monkeypatch.setattr(Exchange, "_recover", record)
+    task = PASSIVE.model_copy(update={"threat_model": ThreatModel(weights=weights)})
+    rows = run("Notes", task, "Doubles")
+    assert set(rows.status) == {"ok"}, rows.error[0]
+    assert sent
+    assert any(name.startswith(SHOWN) for name in sent) == weights
+    assert set(rows.model_shown) == {"defended" if weights else "sent"}

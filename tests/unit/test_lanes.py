@@ -47,6 +47,13 @@ def test_a_failed_trial_counts_as_chance():
     assert line["edge"] == pytest.approx(0.5)
 
 
+def test_a_trial_that_an_attack_declined_counts_as_chance_where_it_tried_others():
+    statuses = ["ok", "not_applicable", "not_applicable", "not_applicable"]
+    line = by_attack(lanes(frame(make([1.0, None, None, None], reference=0.2, statuses=statuses))))["llg"]
+    assert line["edge"] == pytest.approx(0.25)
+    assert line["mean"] == pytest.approx((1.0 + 3 * 0.2) / 4)
+
+
 def test_no_task_weighs_more_than_another_by_its_chance():
     parts = [make([0.9] * 4, reference=0.2), make([0.1] * 4, task=EIGHT, reference=0.9)]
     assert by_attack(lanes(frame(*parts)))["llg"]["edge"] == pytest.approx((0.875 - 1) / 2)
