@@ -306,6 +306,8 @@ def gallery(out: Path, attack: str | None, task: str | None, to: Path | None, as
     """Draw what attacks recovered in OUT: of every cell the trials of best, median and worst PSNR."""
     from leakbench.gallery import read_gallery
 
+    if to is not None and to.suffix.lower() != ".png":
+        raise UserError(f"--to {to}: expected a PNG file, got {to.suffix or 'no suffix'}; write --to gallery.png")
     cells = read_gallery(out, attack=attack, task=task)
     if as_json:
         _print_json([{k: v for k, v in e.items() if not isinstance(v, bytes)} for cell in cells for e in cell])

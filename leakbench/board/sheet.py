@@ -37,12 +37,14 @@ def contact_sheet(cells: Sequence[Sequence[Entry]], title: str) -> Image.Image:
     tasks = [cell[0]["task"] for cell in cells]
     opens = [number == 0 or tasks[number - 1] != task for number, task in enumerate(tasks)]
     width = _PAD + _LABEL + len(COLORS) * (panel + _PAD) + _PLOT + _PAD
-    top = 3 * _ROW + _PAD
+    top = 4 * _ROW + _PAD
     sheet = Image.new("RGB", (width, top + sum(heights) + sum(opens) * 2 * _ROW), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_PAD, _PAD), title, _INK, _TITLE)
-    legend = "above: true, below: recovered; trials of best, lower median and worst PSNR (in brackets their floor)"
+    legend = "above: true, below: recovered; trials of best, median and worst PSNR (in brackets their floor)"
+    median = "median: the lower one; of several jobs, the lower median of theirs"
     draw.text((_PAD, _PAD + 1.4 * _ROW), f"{legend}; first {MOST_IMAGES} images", _FAINT, _FONT)
+    draw.text((_PAD, _PAD + 2.3 * _ROW), median, _FAINT, _FONT)
     for cell, line, height, first in zip(cells, strips, heights, opens, strict=True):
         draw.line((_PAD, top, width - _PAD, top), _INK if first else "#dddddd")
         if first:

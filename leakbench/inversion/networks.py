@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +78,12 @@ class ConvolutionalPrior(Space):
             sizes.insert(0, (-(-sizes[0][0] // 2), -(-sizes[0][1] // 2)))
         return sizes
 
-    @property
+    @cached_property
     def _network(self) -> nn.Module:
         with torch.device("meta"):
             return _Decoder(self.width, self.shape[0], self._sizes)
 
-    @property
+    @cached_property
     def _noise(self) -> Tensor:
         generator = torch.Generator().manual_seed(_SEED)
         return torch.randn(1, self.width, *self._sizes[0], generator=generator)

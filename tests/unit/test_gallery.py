@@ -245,6 +245,15 @@ def test_the_command_writes_a_sheet_or_lists_the_pictures(tmp_path):
     assert "use another --to" in str(failed.exception)
 
 
+@pytest.mark.parametrize("name", ["x.txt", "x", ".", "x.png.jpg"])
+def test_a_sheet_is_written_to_png_files_only(tmp_path, name):
+    gallery.write_gallery(tmp_path, "a", job([1.0, 2.0, 3.0], [0, 1, 2]))
+    refused = CliRunner().invoke(cli, ["gallery", str(tmp_path), "--to", str(tmp_path / name)])
+    assert isinstance(refused.exception, UserError)
+    assert "expected a PNG file" in str(refused.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["gallery"]
+
+
 def test_the_command_does_not_import_torch(tmp_path):
     gallery.write_gallery(tmp_path, "a", job([1.0], [0]))
     code = (

@@ -224,6 +224,8 @@ def test_networks_draw_valid_images_each_from_its_own_weights(shape):
         alone = functional_call(network, {name: value[row, n] for name, value in leaves.items()}, (noise,))[0]
         torch.testing.assert_close(drawn[row, n], low + (high - low) * alone)
     assert (drawn[0, 0] - drawn[0, 1]).abs().max() > 0.1
+    assert space._network is network  # made once, not in every evaluation
+    assert space._noise is space._noise
 
 
 def test_starts_do_not_depend_on_the_other_trials():
