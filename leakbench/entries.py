@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -24,6 +23,7 @@ from pydantic import Field, ValidationError
 
 from leakbench.cache import cache_dir
 from leakbench.errors import UserError, did_you_mean
+from leakbench.provenance import code_sha256
 from leakbench.sources import EntrySource, Kind, find_source
 from leakbench.sources import sources as installed
 from leakbench.tasks import Part, content_hash
@@ -294,9 +294,8 @@ def _checked(source: EntrySource, answer: Mapping[str, Any]) -> Description | Us
 
 @cache
 def _describer() -> list[str]:
-    """Return what decides how an entry is described, besides its source: leakbench's version and the code that asks."""
-    code = Path(__file__).with_name("runner") / "loading.py"
-    return [importlib.metadata.version("leakbench"), hashlib.sha256(code.read_bytes()).hexdigest()]
+    """Return what decides how an entry is described, besides its source: leakbench's version and code."""
+    return [importlib.metadata.version("leakbench"), code_sha256()]
 
 
 def _cache_path(source: EntrySource, params: Mapping[str, Value] | None = None) -> Path:

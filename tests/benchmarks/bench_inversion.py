@@ -12,6 +12,9 @@ Run ``python tests/benchmarks/bench_inversion.py WHAT`` with WHAT one of
 names another one. Its nets are its own classes, loaded with our weights; before anything is timed, both sides must give
 the same distance at the same start images.
 
+Each side runs as its user would run it: ours with the allocator settings that leakbench gives its children, `breaching`
+without; ``--tune-both`` gives it the same ones.
+
 What differs: `breaching` pads the images with zeros before it takes total variation, so its last row and column are
 pulled to black, and it divides by all pixels where ours divides by the number of differences. It keeps the iterate that
 follows the best objective, ours the one that has it. Our time includes set-up and one last comparison, its time the
@@ -43,7 +46,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import CLASSES, NETS, SHAPE, keep_memory, timed
+from common import CLASSES, ENVIRONMENT, NETS, SHAPE, keep_memory, timed
 from leakbench_baselines.attacks.inverting_gradients import InvertingGradients
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -111,6 +114,7 @@ def main() -> int:
     parser.add_argument("--tv", type=float, default=1e-4, help="weight of the total variation")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tune-both", action="store_true", help="give breaching our allocator settings too")
     parser.add_argument(
         "--breaching-python", type=Path, help=f"of an environment with breaching {VERSION}, safetensors"
     )
@@ -189,7 +193,9 @@ class Theirs:
         self.folder = folder
         python = arguments.breaching_python or environment()
         command = [str(python), "-W", "ignore", str(Path(__file__).with_name("breaching_side.py"))]
-        variables = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+        left_out = () if arguments.tune_both else tuple(ENVIRONMENT)
+        variables = {k: v for k, v in os.environ.items() if k not in left_out}
+        variables["OMP_NUM_THREADS"] = str(arguments.threads)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
         )
