@@ -44,8 +44,9 @@ class FedAvgDimitrov(InversionAttack):
 
     Follows the released scripts for CIFAR-100 with these differences: the factor of the distance (over the number of
     simulated batches), which falls from 4 to 2 in the first half of 400 iterations, is 2; the prior that ties the
-    epochs is that of the scripts for FEMNIST, without random convolutions, with their weight; the learning rate, which falls by 6% over all of them, stays; values
-    outside the valid range are cut, not penalised; the iterate with the least objective is kept, not the last one.
+    epochs is that of the scripts for FEMNIST, without random convolutions, with their weight; the learning rate, which
+    falls by 6% over all of them, stays; values outside the valid range are cut, not penalised; the iterate with the
+    least objective is kept, not the last one.
 
     Args:
         steps: Iterations.
