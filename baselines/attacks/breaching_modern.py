@@ -16,10 +16,11 @@ class BreachingModern(InversionAttack):
     of that layer's weight and bias gradients, which for a class that occurs once nearly is its feature vector.
 
     Sees: gradients of all layers, weights, number of inputs; a last layer with a bias (others are declined); labels
-    where granted. Nothing depends on the scale of the update, so the learning rate of local steps may be unknown.
+    where granted. Nothing depends on the scale of the update, so where labels are granted the learning rate of local
+    steps may be unknown; the default label attack needs it.
 
-    Differs from the library in what is kept, the iterate with the least objective; it takes the last one. A start is
-    tiled from normal pixels of every channel, as there.
+    Keeps the iterate with the least objective; the library keeps the one that follows it. A start is tiled from normal
+    pixels of every channel, as there.
 
     Args:
         steps: Iterations.
