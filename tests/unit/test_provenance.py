@@ -69,6 +69,7 @@ NAMES_AND_FILES = {
     "errors.py",
     "inversion/__init__.py",
     "lock.py",
+    "provenance.py",
     "registry.py",
     "runner/__init__.py",
     "sources.py",
