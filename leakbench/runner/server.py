@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,13 +116,13 @@ class Server:
             shutil.rmtree(self._folder, ignore_errors=True)  # also where the runner was killed and cannot
             _end_descendants()
 
-    def _fork(self) -> None:
-        """Fork a child that waits for a job."""
+    def _fork(self, received: Sequence[int] = ()) -> None:
+        """Fork a child that waits for a job and holds none of ``received``, which come to it by its channel."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
-            for fd in (*self._own, ours.fileno(), *(spare.fileno() for spare in self._spares.values())):
+            for fd in (*self._own, *received, ours.fileno(), *(spare.fileno() for spare in self._spares.values())):
                 os.close(fd)
             _wait_for_job(theirs, self._folder, server)
         theirs.close()
@@ -131,7 +132,7 @@ class Server:
         """Hand a job to a spare child."""
         (self._folder / str(job)).mkdir(mode=0o700)
         if not self._spares:
-            self._fork()
+            self._fork(fds)
         pid, channel = self._spares.popitem()
         self._jobs[pid] = job
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end will be noticed and told

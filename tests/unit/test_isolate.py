@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -96,7 +97,8 @@ def test_the_server_and_its_children_know_nothing_of_our_environment(server):
     assert inside(server, code) == [0, 0]
 
 
-def test_a_child_holds_no_descriptors_but_its_own(server):
+@pytest.mark.parametrize("busy", [0, SPARES + 1], ids=["spare", "forked-on-demand"])
+def test_a_child_holds_no_descriptors_but_its_own(server, busy):
     code = """
     answer = {}
     for fd in range(1024):
@@ -105,7 +107,10 @@ def test_a_child_holds_no_descriptors_but_its_own(server):
         except OSError:
             pass
     """
-    held = inside(server, code)
+    with contextlib.ExitStack() as others:
+        for _ in range(busy):
+            others.enter_context(server.spawn())
+        held = inside(server, code)
     kinds = sorted(target.split(":")[0] for target in held.values())
     assert kinds == ["/dev/null", "pipe", "pipe", "socket"], held
 
