@@ -23,31 +23,25 @@ NOTE = "note/"
 TRACE_LIMIT = 200
 """Most entries of a visible-loss trace."""
 
-NEEDS = frozenset(
-    {
-        "labels",
-        "batch_size",
-        "lr",
-        "local_steps",
-        "batch_order",
-        "label_prior",
-        "weights",
-        "defense",
-        "auxiliary",
-        "bn_statistics",
-        "change_parameters",
-        "per_client",
-        "change_architecture",
-        "head_bias",
-        "nonnegative_features",
-        "single_example",
-        "four_classes",
-    }
-)
-"""What `Attack.needs` may name: grants of the threat model, and `FACTS` of the task."""
-
 FACTS = frozenset({"head_bias", "nonnegative_features", "single_example", "four_classes"})
 """Facts of the task among `NEEDS`: nothing that a threat model could withhold."""
+
+NEEDS = FACTS | {
+    "labels",
+    "batch_size",
+    "lr",
+    "local_steps",
+    "batch_order",
+    "label_prior",
+    "weights",
+    "defense",
+    "auxiliary",
+    "bn_statistics",
+    "change_parameters",
+    "per_client",
+    "change_architecture",
+}
+"""What `Attack.needs` may name: grants of the threat model, and `FACTS` of the task."""
 
 NOTES_LIMIT = 8
 """Most numbers of `Recovery.notes`."""

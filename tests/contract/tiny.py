@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from leakbench import Attack, Defense, Knowledge, NotApplicable, NotGranted, Observation
-from leakbench.attack import RecoveryShape
+from leakbench.attack import FACTS, RecoveryShape
 from leakbench.defense import DefenseChain
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client
@@ -33,7 +33,7 @@ VIT = Architecture(
     name="timm/vit_tiny_patch16_224",
     params={"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2},
 )
-PUBLIC_FACTS = frozenset({"head_bias", "nonnegative_features", "single_example", "four_classes"})
+PUBLIC_FACTS = FACTS
 
 
 @cache
