@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -24,23 +25,24 @@ class Comparison:
     """Gradients g of candidates beside the target G, for Q rows (trials x restarts) and P tensors.
 
     Args:
-        dot: (Q, P) <g, G>.
-        square: (Q, P) ||g||^2.
         goal: (Q, P) ||G||^2.
         pairs: g and G, (Q, numel) each, per tensor; empty where the objective is made of inner products alone.
+        products: <g, G> and ||g||^2, (Q, P) each, where they were had without g.
     """
 
-    dot: Tensor
-    square: Tensor
     goal: Tensor
     pairs: tuple[tuple[Tensor, Tensor], ...] = ()
+    products: tuple[Tensor, Tensor] | None = None
 
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> Comparison:
-        """Compare tensors g and G, (Q, numel) each."""
-        dot = torch.stack([(g * goal).sum(1) for g, goal in pairs], 1)
-        square = torch.stack([g.square().sum(1) for g, _ in pairs], 1)
-        return cls(dot, square, torch.stack([goal.square().sum(1) for _, goal in pairs], 1), tuple(pairs))
+    @cached_property
+    def dot(self) -> Tensor:
+        """(Q, P) <g, G>."""
+        return self.products[0] if self.products else torch.stack([(g * goal).sum(1) for g, goal in self.pairs], 1)
+
+    @cached_property
+    def square(self) -> Tensor:
+        """(Q, P) ||g||^2."""
+        return self.products[1] if self.products else torch.stack([g.square().sum(1) for g, _ in self.pairs], 1)
 
 
 class Objective(ABC):
@@ -176,7 +178,7 @@ class Masked(Objective):
         return self.inner.score(self._masked(comparison), unknowns)
 
     def _masked(self, comparison: Comparison) -> Comparison:
-        return Comparison.of([(g * (goal != 0), goal) for g, goal in comparison.pairs])
+        return Comparison(comparison.goal, tuple((g * (goal != 0), goal) for g, goal in comparison.pairs))
 
 
 @dataclass(frozen=True, kw_only=True)

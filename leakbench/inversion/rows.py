@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,10 +31,10 @@ class Rows:
     target: Mapping[str, Tensor]
     classes: Tensor
 
-    @property
-    def count(self) -> int:
-        """Q."""
-        return len(self.classes)
+    @cached_property
+    def goal(self) -> Tensor:
+        """(Q, P) squared norms of the target's P tensors."""
+        return torch.stack([value.flatten(1).square().sum(1) for value in self.target.values()], 1)
 
     def spread(self, values: Tensor) -> Tensor:
         """Return values of trials (1 or T, *) as values of rows (1 or Q, *)."""

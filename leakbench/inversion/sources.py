@@ -71,7 +71,8 @@ class Source(ABC):
     ) -> Comparison:
         """Compare the candidates' gradients with the target."""
         found = self.gradients(rows, inputs, labels, unknowns)
-        return Comparison.of([(found[name].flatten(1), goal.flatten(1)) for name, goal in rows.target.items()])
+        pairs = tuple((found[name].flatten(1), goal.flatten(1)) for name, goal in rows.target.items())
+        return Comparison(rows.goal, pairs)
 
 
 class OneStep(Source):
@@ -93,9 +94,8 @@ class OneStep(Source):
         """Compare the candidates' gradients with the target, by inner products where those suffice."""
         if elementwise:
             return super().compare(rows, inputs, labels, unknowns, elementwise=elementwise)
-        dot, square = rows.observation.gradient_products(inputs, labels, rows.target, model=rows.model)
-        goal = torch.stack([value.flatten(1).square().sum(1) for value in rows.target.values()], 1)
-        return Comparison(dot, square, goal)
+        products = rows.observation.gradient_products(inputs, labels, rows.target, model=rows.model)
+        return Comparison(rows.goal, products=products)
 
 
 @dataclass(frozen=True, kw_only=True)
