@@ -13,7 +13,7 @@ from torch import Tensor
 from leakbench.attack import TRACE_LIMIT, Attack, Recovery
 from leakbench.errors import UserError
 from leakbench.inversion.labels import LabelSource
-from leakbench.inversion.objectives import Objective, units_of
+from leakbench.inversion.objectives import Objective
 from leakbench.inversion.optimisers import Adam, Optimiser
 from leakbench.inversion.priors import Prior
 from leakbench.inversion.rows import Rows, model_of_rows
@@ -82,7 +82,7 @@ class Inversion:
             NotGranted: A part needs what the threat model withholds.
         """
         self.source.check(knowledge)
-        if units_of(self.objective) == "gradient" and knowledge.sends != "gradient":
+        if self.objective.units == "gradient" and knowledge.sends != "gradient":
             _ = knowledge.lr, knowledge.local_steps  # withheld ones decline the task
         for prior in self.priors:
             prior.check(knowledge)
@@ -93,7 +93,7 @@ class Inversion:
         before = observation.evaluations
         labels = LabelSource(self.labels).labels(observation)
         spent = observation.evaluations - before
-        target = self.source.target(observation, units_of(self.objective))
+        target = self.source.target(observation, self.objective.units)
         steps, restarts = self._within(observation, spent)
         clock = _Clock(observation, steps)
         size = self.chunk or default_chunk(observation, restarts)
@@ -243,7 +243,8 @@ class _Search:
         for prior in self.priors:
             penalty = penalty + prior(inputs, self.rows)
         with torch.no_grad():
-            score = objective.score(compared, leaves)
+            judge = objective.judge
+            score = distance.detach() if judge is objective else judge(compared, leaves)
             visible = (score + penalty).detach()
             better = (visible < self.least) & ~self.resting
             self.least = torch.where(better, visible, self.least)

@@ -48,10 +48,19 @@ class Comparison:
 class Objective(ABC):
     """Distance of gradients, smaller is nearer."""
 
-    units: ClassVar[Units] = "direction"
     elementwise: ClassVar[bool] = True
     """Whether it needs the gradients themselves. Inner products are cheaper, but a difference that nearly vanishes
     loses its last digits in them (float32: below 1e-7 of ||G||^2)."""
+
+    @property
+    def units(self) -> Units:
+        """What G is."""
+        return "direction"
+
+    @property
+    def judge(self) -> Objective:
+        """What the best iterate and the best restart are chosen by."""
+        return self
 
     def unknowns(self, like: Tensor) -> dict[str, Tensor]:  # noqa: ARG002  (neutral default)
         """Return start values (Q,) of scalars that are optimised together with the inputs; ``like`` is (Q,)."""
@@ -60,10 +69,6 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
         """Return the distance of every row, (Q,)."""
-
-    def score(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
-        """Return what the best iterate and the best restart are chosen by, (Q,): the distance itself."""
-        return self(comparison, unknowns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +132,11 @@ class JointScale(Objective):
     scale: float = 200.0
     log: bool = False
 
+    @property
+    def judge(self) -> Objective:
+        """The scale-free distance."""
+        return MeanNorm()
+
     def unknowns(self, like: Tensor) -> dict[str, Tensor]:
         """Return the start value of k or log k, (Q,)."""
         start = torch.full_like(like, self.scale)
@@ -136,10 +146,6 @@ class JointScale(Objective):
         """Return the distance of every row, (Q,)."""
         k = (unknowns["log_k"].exp() if self.log else unknowns["k"])[:, None]
         return torch.stack([(g - k * goal).square().sum(1) for g, goal in comparison.pairs]).sum(0)
-
-    def score(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
-        """Return the scale-free distance, (Q,)."""
-        return MeanNorm()(comparison, unknowns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,20 +171,25 @@ class Masked(Objective):
 
     inner: Objective
 
+    @property
+    def units(self) -> Units:
+        """Those of the inner objective."""
+        return self.inner.units
+
+    @property
+    def judge(self) -> Objective:
+        """The inner objective's, on the same entries."""
+        judge = self.inner.judge
+        return self if judge is self.inner else Masked(judge)
+
     def unknowns(self, like: Tensor) -> dict[str, Tensor]:
         """Return those of the inner objective."""
         return self.inner.unknowns(like)
 
     def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
         """Return the distance of every row, (Q,)."""
-        return self.inner(self._masked(comparison), unknowns)
-
-    def score(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
-        """Return the inner objective's score, (Q,)."""
-        return self.inner.score(self._masked(comparison), unknowns)
-
-    def _masked(self, comparison: Comparison) -> Comparison:
-        return Comparison(comparison.goal, tuple((g * (goal != 0), goal) for g, goal in comparison.pairs))
+        kept = tuple((g * (goal != 0), goal) for g, goal in comparison.pairs)
+        return self.inner(Comparison(comparison.goal, kept), unknowns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +228,6 @@ class Intervals(Objective):
         """Return the distance of every row, (Q,)."""
         outside = [F.relu((g - goal).abs() - self.width / 2).square().sum(1) for g, goal in comparison.pairs]
         return torch.stack(outside).sum(0) / comparison.goal.sum(1).clamp(min=torch.finfo(outside[0].dtype).tiny)
-
-
-def units_of(objective: Objective) -> Units:
-    """Return what the objective compares with; a mask changes nothing about it."""
-    return units_of(objective.inner) if isinstance(objective, Masked) else objective.units
 
 
 def safe_root(square: Tensor) -> Tensor:

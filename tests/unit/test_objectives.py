@@ -109,7 +109,7 @@ def test_dlms_distance_vanishes_for_any_input_at_scale_zero():
     zero = torch.zeros(2, dtype=torch.float64)
     assert (JointScale()(compared, {"k": zero}) < 1e-20).all()
     for objective in (JointScale(), Masked(JointScale())):
-        assert (objective.score(compared, {"k": zero}) > 1e-3).all(), "the score that chooses must not be fooled"
+        assert (objective.judge(compared, {"k": zero}) > 1e-3).all(), "the judge that chooses must not be fooled"
 
 
 def test_dlm_finds_one_over_the_learning_rate():
