@@ -16,7 +16,7 @@ from leakbench.inversion.labels import LabelSource
 from leakbench.inversion.objectives import Objective
 from leakbench.inversion.optimisers import Adam, Optimiser
 from leakbench.inversion.priors import Prior
-from leakbench.inversion.rows import Rows, model_of_rows
+from leakbench.inversion.rows import Rows, model_of_rows, spread
 from leakbench.inversion.sources import OneStep, Source
 from leakbench.inversion.spaces import Pixels, Space
 from leakbench.knowledge import Knowledge
@@ -188,8 +188,8 @@ class _Search:
             observation,
             restarts,
             model_of_rows(observation.model, restarts),
-            {name: value.repeat_interleave(restarts, 0) for name, value in target.items()},
-            labels.repeat_interleave(restarts, 0),
+            {name: spread(value, restarts) for name, value in target.items()},
+            spread(labels, restarts),
         )
         low, high = observation.bounds
         self.bounds = low.to(some.device, dtype), high.to(some.device, dtype)

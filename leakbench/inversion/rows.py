@@ -38,7 +38,12 @@ class Rows:
 
     def spread(self, values: Tensor) -> Tensor:
         """Return values of trials (1 or T, *) as values of rows (1 or Q, *)."""
-        return values if len(values) == 1 else values.repeat_interleave(self.restarts, 0)
+        return values if len(values) == 1 else spread(values, self.restarts)
+
+
+def spread(values: Tensor, restarts: int) -> Tensor:
+    """Return values (T, *) as values of rows (T * R, *), contiguous: the layout moves the last digits of sums."""
+    return values.contiguous() if restarts == 1 else values.repeat_interleave(restarts, 0)
 
 
 def model_of_rows(model: Model, restarts: int) -> Model:
@@ -46,8 +51,8 @@ def model_of_rows(model: Model, restarts: int) -> Model:
     if model.draws == 1 or restarts == 1:
         return model
     return model.with_state(
-        {name: value.repeat_interleave(restarts, 0) for name, value in model.parameters.items()},
-        {name: value.repeat_interleave(restarts, 0) for name, value in model.buffers.items()},
+        {name: spread(value, restarts) for name, value in model.parameters.items()},
+        {name: spread(value, restarts) for name, value in model.buffers.items()},
     )
 
 
