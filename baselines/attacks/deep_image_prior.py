@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
-from leakbench import Knowledge, NotApplicable, Observation, Recovery, UserError, register
+from leakbench import Knowledge, NotApplicable, UserError, register
 from leakbench.inversion import Adam, ConvolutionalPrior, Cosine, Inversion, InversionAttack, TotalVariation
 
 
@@ -59,14 +57,10 @@ class DeepImagePrior(InversionAttack):
             labels=labels,
         )
 
-    def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
-        """Prepare the label attack; decline what is no image."""
-        if len(knowledge.input_spec.shape) != 3:
+    def fitted(self, knowledge: Knowledge) -> Inversion:
+        """Return the inversion for a task, in the space of networks that draw; decline what is no image."""
+        shape = knowledge.input_spec.shape
+        if len(shape) != 3:
             raise NotApplicable("the networks draw images")
-        return self.inversion.prepare(knowledge)
-
-    def run(self, observation: Observation) -> Recovery:
-        """Optimise the weights of all trials', restarts' and inputs' networks together."""
-        low, high = observation.bounds
-        space = ConvolutionalPrior(shape=observation.input_spec.shape, low=low, high=high, width=self.width)
-        return replace(self.inversion, space=space).run(observation)
+        low, high = knowledge.bounds
+        return replace(self.inversion, space=ConvolutionalPrior(shape=shape, low=low, high=high, width=self.width))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
-from leakbench import Knowledge, Observation, Recovery, register
+from leakbench import Knowledge, register
 from leakbench.inversion import (
     Adam,
     BatchNormStatistics,
@@ -79,16 +77,8 @@ class GradInversion(InversionAttack):
             labels=labels,
         )
 
-    def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
-        """Prepare the label attack."""
-        return self._inversion(knowledge).prepare(knowledge)
-
-    def run(self, observation: Observation) -> Recovery:
-        """Optimise inputs (T, K * N, *input_shape) of all trials and groups together."""
-        return self._inversion(observation).run(observation)
-
-    def _inversion(self, knowledge: Knowledge) -> Inversion:
-        """Return the inversion, with the BatchNorm prior where there is something to draw to."""
+    def fitted(self, knowledge: Knowledge) -> Inversion:
+        """Return the inversion for a task, with the BatchNorm prior where there is something to draw to."""
         if not knowledge.model.has_batch_norm or not knowledge.grants("bn_statistics"):
             return self.inversion
         return replace(self.inversion, priors=(*self.inversion.priors, self.statistics))

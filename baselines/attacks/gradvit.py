@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from leakbench import Knowledge, NotApplicable, Observation, Recovery, UserError, register
+from leakbench import Knowledge, NotApplicable, UserError, register
 from leakbench.inversion import Adam, Inversion, InversionAttack, L2Norm, Prior, Rows, SquaredL2, TotalVariation
 
 
@@ -65,17 +65,12 @@ class GradViT(InversionAttack):
             labels=labels,
         )
 
-    def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
-        """Prepare the label attack; decline nets that are no vision transformers with a position embedding."""
+    def fitted(self, knowledge: Knowledge) -> Inversion:
+        """Return the inversion for a task; decline nets that are no vision transformers with a position embedding."""
         if "pos_embed" not in knowledge.model.parameters:
             raise NotApplicable("no vision transformer as in timm: it has no parameter 'pos_embed'")
-        patch_size(knowledge)
-        return self.inversion.prepare(knowledge)
-
-    def run(self, observation: Observation) -> Recovery:
-        """Optimise inputs (T, K * N, *input_shape) of all trials and restarts together."""
-        borders = PatchBorders(weight=self.borders, size=patch_size(observation))
-        return replace(self.inversion, priors=(*self.inversion.priors, borders)).run(observation)
+        borders = PatchBorders(weight=self.borders, size=patch_size(knowledge))
+        return replace(self.inversion, priors=(*self.inversion.priors, borders))
 
 
 @dataclass(frozen=True, kw_only=True)

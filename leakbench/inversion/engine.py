@@ -141,11 +141,19 @@ class InversionAttack(Attack):
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
         """Prepare the label attack, if there is one, and decline unsuitable tasks; see `Inversion.prepare`."""
-        return self.inversion.prepare(knowledge)
+        return self.fitted(knowledge).prepare(knowledge)
 
     def run(self, observation: Observation) -> Recovery:
         """Optimise inputs (T, K * N, *input_shape) of all trials and restarts together."""
-        return self.inversion.run(observation)
+        return self.fitted(observation).run(observation)
+
+    def fitted(self, knowledge: Knowledge) -> Inversion:  # noqa: ARG002  (neutral default of a hook)
+        """Return the inversion for a task.
+
+        Raises:
+            NotApplicable: The task does not suit the attack.
+        """
+        return self.inversion
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def test_the_batch_norm_prior_vanishes_at_the_truth_with_its_exact_statistics():
 
 def test_batch_norm_statistics_are_used_where_there_are_any():
     def priors(**options):
-        return {type(p).__name__ for p in GradInversion()._inversion(seen(**options)[0]).priors}
+        return {type(p).__name__ for p in GradInversion().fitted(seen(**options)[0]).priors}
 
     assert "BatchNormStatistics" not in priors()
     assert "BatchNormStatistics" in priors(architecture=BATCH_NORM)
