@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from leakbench import Knowledge, NotApplicable, Observation, Recovery, register
+from leakbench import Knowledge, Observation, Recovery, register
 from leakbench.inversion import (
     Adam,
     Inversion,
@@ -83,27 +83,23 @@ class FedAvgDimitrov(InversionAttack):
             labels=labels,
         )
 
-    def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
-        """Prepare the label attack; decline aggregates."""
-        if knowledge.clients > 1:
-            raise NotApplicable(f"simulates one client; the update is that of {knowledge.clients}")
-        _ = knowledge.lr, knowledge.local_steps
-        return self.inversion.prepare(knowledge)
-
-    def run(self, observation: Observation) -> Recovery:
-        """Optimise all epochs' copies together, then match and average them."""
-        epochs = copies_needed(observation)
+    def fitted(self, knowledge: Knowledge) -> Inversion:
+        """Return the inversion for a task, of all epochs' copies together."""
+        epochs = copies_needed(knowledge)
         # The sum over an image's pixels, and over both directions.
-        tv = TotalVariation(weight=self.tv * math.prod(observation.input_spec.shape), p=2)
-        batches = epochs * observation.inputs_per_client / observation.batch_size
-        inversion = replace(
+        tv = TotalVariation(weight=self.tv * math.prod(knowledge.input_spec.shape), p=2)
+        batches = epochs * knowledge.inputs_per_client / knowledge.batch_size
+        return replace(
             self.inversion,
             objective=SquaredL2(scale=2.0 / batches, weights=first_layers),
             space=EpochCopies(epochs=epochs),
             source=GradientSum(epochs=epochs),
             priors=(tv, SameMeans(epochs=epochs, weight=self.tie)),
         )
-        recovery = inversion.run(observation)
+
+    def run(self, observation: Observation) -> Recovery:
+        """Optimise all epochs' copies together, then match and average them."""
+        epochs, recovery = copies_needed(observation), super().run(observation)
         if epochs == 1 or recovery.inputs is None:
             return recovery
         return replace(recovery, inputs=merge_copies(recovery.inputs, epochs))
@@ -151,26 +147,20 @@ class GradientSum(Unrolled):
         """Return the update over the learning rate, (T, *shape) by parameter name."""
         return dict(observation.gradient)
 
+    def order(self, rows: Rows) -> Tensor | None:
+        """Return the order of the copies as they come, (Q, local_steps, batch)."""
+        if self.epochs == 1:
+            return super().order(rows)
+        steps, batch = rows.observation.local_steps, rows.observation.batch_size
+        return torch.arange(steps * batch).view(1, steps, batch).expand(len(rows.classes), -1, -1)
+
     def gradients(
         self, rows: Rows, inputs: Tensor, labels: Tensor, unknowns: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return simulated updates by name; see `Source.gradients`."""
-        seen = rows.observation
-        per_unit = 1.0 if seen.sends == "gradient" else seen.lr
-        if self.epochs == 1:
-            sent = super().gradients(rows, inputs, labels, unknowns)
-        else:
-            order = torch.arange(inputs.shape[1]).view(1, seen.local_steps, seen.batch_size)
-            sent = seen.simulate(
-                inputs,
-                labels.repeat(1, self.epochs, *(1,) * (labels.dim() - 2)),
-                create_graph=True,
-                order=order.expand(len(inputs), -1, -1),
-                defended=False,
-                model=rows.model,
-            )
-            sent = seen.difference(sent, model=rows.model)
-        return {name: sent[name] / per_unit for name in rows.target}
+        """Return simulated updates over the learning rate by name; see `Source.gradients`."""
+        labels = labels.repeat(1, self.epochs, *(1,) * (labels.dim() - 2))
+        per_unit = 1.0 if rows.observation.sends == "gradient" else rows.observation.lr
+        return {name: sent / per_unit for name, sent in super().gradients(rows, inputs, labels, unknowns).items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,6 +128,11 @@ class Unrolled(Source):
         difference = observation.difference(observation.update)
         return unit_direction(difference) if units == "direction" else difference
 
+    def order(self, rows: Rows) -> Tensor | None:
+        """Return which inputs every local step takes, (Q, local_steps, batch); None for the order of the inputs."""
+        seen = rows.observation
+        return rows.spread(seen.batch_order[:, 0]) if seen.grants("batch_order") else None
+
     def gradients(
         self,
         rows: Rows,
@@ -137,12 +142,11 @@ class Unrolled(Source):
     ) -> dict[str, Tensor]:
         """Return simulated updates by name; see `Source.gradients`."""
         seen = rows.observation
-        order = rows.spread(seen.batch_order[:, 0]) if seen.grants("batch_order") else None
         sent = seen.simulate(
             inputs,
             labels,
             create_graph=True,
-            order=order,
+            order=self.order(rows),
             defended=False,
             lr=self.lr,
             local_steps=self.local_steps,
