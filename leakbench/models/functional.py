@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -244,15 +245,12 @@ def layer_inputs(model: Model, inputs: Tensor, layers: Sequence[str]) -> list[Te
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: seen[name].append(args[0])
 
-    with model.lock:
-        hooks = [model.module.get_submodule(name).register_forward_pre_hook(keep(name)) for name in layers]
-        try:
-            for draw in range(model.draws):
-                part = inputs if model.draws == 1 else inputs[draw : draw + 1]
-                model.call(model._state(draw), part.flatten(0, 1), train=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with model.lock, ExitStack() as hooks:
+        for name in layers:
+            hooks.enter_context(model.module.get_submodule(name).register_forward_pre_hook(keep(name)))
+        for draw in range(model.draws):
+            part = inputs if model.draws == 1 else inputs[draw : draw + 1]
+            model.call(model._state(draw), part.flatten(0, 1), train=False)
     return [_split(torch.cat(values), len(inputs)) for values in seen.values()]
 
 

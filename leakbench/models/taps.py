@@ -7,7 +7,7 @@ grouped convolutions.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,14 +86,12 @@ def tap(
 
     layers = {layer: model.module.get_submodule(layer) for layer in dict.fromkeys(layer_of(name) for name in names)}
     with torch.enable_grad():
-        with model.lock:
-            hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
-            try:
-                with frozen_layers(model.module) if create_graph else nullcontext():
-                    logits, _, _ = model.call(state, inputs.flatten(0, 1), train=False)
-            finally:
-                for handle in hooks:
-                    handle.remove()
+        with model.lock, ExitStack() as stack:
+            for name, layer in layers.items():
+                stack.enter_context(layer.register_forward_hook(hook_of(name)))
+            if create_graph:
+                stack.enter_context(frozen_layers(model.module))
+            logits, _, _ = model.call(state, inputs.flatten(0, 1), train=False)
         losses = loss(logits.reshape(trials, -1, logits.shape[-1]))
         wanted_at = [output for _, output in passed.values()]
         at = dict(zip(passed, torch.autograd.grad(losses.sum(), wanted_at, create_graph=create_graph), strict=True))
@@ -139,13 +137,10 @@ def layer_outputs(model: Model) -> int:
     sizes: list[int] = []
     state = {name: value[0].to("meta") for name, value in (model.parameters | model.buffers).items()}
     leaves = [layer for layer in model.module.modules() if next(layer.children(), None) is None]
-    with model.lock, torch.no_grad():
-        hooks = [layer.register_forward_hook(lambda _, __, output: sizes.append(output.numel())) for layer in leaves]
-        try:
-            model.call(state, torch.empty(1, *model.input_shape, device="meta", dtype=model.dtype), train=False)
-        finally:
-            for handle in hooks:
-                handle.remove()
+    with model.lock, torch.no_grad(), ExitStack() as hooks:
+        for layer in leaves:
+            hooks.enter_context(layer.register_forward_hook(lambda _, __, output: sizes.append(output.numel())))
+        model.call(state, torch.empty(1, *model.input_shape, device="meta", dtype=model.dtype), train=False)
     return sum(sizes)
 
 
