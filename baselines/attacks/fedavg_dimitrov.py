@@ -16,12 +16,12 @@ from leakbench.inversion import (
     Inversion,
     InversionAttack,
     Pixels,
-    Prior,
     Rows,
     Space,
     SquaredL2,
     TotalVariation,
     Unrolled,
+    Weighted,
 )
 
 
@@ -77,6 +77,7 @@ class FedAvgDimitrov(InversionAttack):
         self.inversion = Inversion(
             objective=SquaredL2(weights=first_layers),
             optimiser=Adam(lr=lr),
+            priors=(TotalVariation(weight=tv, p=2), SameMeans(epochs=1, weight=tie)),
             steps=steps,
             restarts=restarts,
             source=GradientSum(),
@@ -164,7 +165,7 @@ class GradientSum(Unrolled):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SameMeans(Prior):
+class SameMeans(Weighted):
     """Mean squared difference of the epochs' mean inputs, over all pairs of epochs; it knows no order.
 
     Args:
@@ -173,7 +174,6 @@ class SameMeans(Prior):
     """
 
     epochs: int
-    weight: float
 
     def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:  # noqa: ARG002
         """Return the penalty (Q,) of inputs (Q, E * N, *input_shape)."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench import Knowledge, NotApplicable, UserError, register
-from leakbench.inversion import Adam, Inversion, InversionAttack, L2Norm, Prior, Rows, SquaredL2, TotalVariation
+from leakbench.inversion import Adam, Inversion, InversionAttack, L2Norm, Rows, SquaredL2, TotalVariation, Weighted
 
 
 @register("gradvit", version=1)
@@ -74,7 +74,7 @@ class GradViT(InversionAttack):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchBorders(Prior):
+class PatchBorders(Weighted):
     """Sum over the lines between patches of the L2 norm of the difference across them, averaged over the batch.
 
     Args:
@@ -82,7 +82,6 @@ class PatchBorders(Prior):
         size: Height and width of a patch.
     """
 
-    weight: float
     size: tuple[int, int]
 
     def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:  # noqa: ARG002

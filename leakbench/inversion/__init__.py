@@ -21,6 +21,7 @@ from leakbench.inversion.priors import (
     L2Norm,
     Prior,
     TotalVariation,
+    Weighted,
 )
 from leakbench.inversion.rows import Rows
 from leakbench.inversion.sources import OneStep, Source, Surrogate, Unrolled
@@ -55,4 +56,5 @@ __all__ = [
     "Surrogate",
     "TotalVariation",
     "Unrolled",
+    "Weighted",
 ]

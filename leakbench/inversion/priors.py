@@ -34,8 +34,11 @@ class Prior(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Weighted(Prior):
+class Weighted(Prior):
     """A prior with a factor.
+
+    Args:
+        weight: Factor.
 
     Raises:
         UserError: The factor is negative or no finite number.
@@ -48,7 +51,7 @@ class _Weighted(Prior):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TotalVariation(_Weighted):
+class TotalVariation(Weighted):
     """mean over pixels of (|dx|^p + |dy|^p)^q, dx and dy being differences of neighbours; images only.
 
     Args:
@@ -82,7 +85,7 @@ def _sum_of_means(first: Tensor, second: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class L2Norm(_Weighted):
+class L2Norm(Weighted):
     """||x||_2 of every input, averaged over the batch.
 
     Args:
@@ -96,7 +99,7 @@ class L2Norm(_Weighted):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchNormStatistics(_Weighted):
+class BatchNormStatistics(Weighted):
     """sum_l ||mean_l(x) - M_l||_2 + ||var_l(x) - V_l||_2 over the inputs of the BatchNorm layers.
 
     M and V are the statistics that the threat model grants: the running ones, or those of the private batch.
@@ -136,7 +139,7 @@ class BatchNormStatistics(_Weighted):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupConsistency(_Weighted):
+class GroupConsistency(Weighted):
     """Distance of every restart's input from the mean over the restarts of its trial; no registration.
 
     Args:
@@ -151,7 +154,7 @@ class GroupConsistency(_Weighted):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureMatch(_Weighted):
+class FeatureMatch(Weighted):
     """Squared distance of the last layer's input from g_W[c] / g_b[c], its mean over the examples of class c.
 
     Args:

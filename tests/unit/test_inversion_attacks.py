@@ -189,6 +189,12 @@ def test_the_tie_is_felt():
     assert apart[1] < 0.1 * apart[0]
 
 
+@pytest.mark.parametrize("name", ["tv", "tie"])
+def test_dimitrovs_weights_are_checked_when_the_attack_is_made(name):
+    with pytest.raises(UserError, match="expected a finite number of at least 0, got -1"):
+        FedAvgDimitrov(**{name: -1.0})
+
+
 def test_copies_are_matched_before_they_are_averaged():
     truth = torch.randn(3, 5, 1, 4, 4)
     noise = 0.01 * torch.randn(3, 4, 5, 1, 4, 4)
