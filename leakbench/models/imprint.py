@@ -132,4 +132,4 @@ def insert(module: nn.Module, name: str, input_shape: tuple[int, ...], params: M
 
 def _through(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # Looked up at the call: functional_call swaps the tensors of the submodule, and a copy of the net has its own.
-    return module.imprint(args[0]), *args[1:]
+    return module.get_submodule("imprint")(args[0]), *args[1:]
