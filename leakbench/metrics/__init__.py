@@ -1,4 +1,4 @@
-"""The metrics and what they mean. No torch here; the arithmetic is in `labels` and `images`."""
+"""The metrics and what they mean. No torch here; the arithmetic is in `labels`, `images` and `stealth`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ class MetricSpec:
 
     Args:
         name: Name of the row column.
-        target: What the attack recovers.
-        higher_is_better: For the attack.
+        target: What the attack recovers, or ``stealth``: what one client can find out about the model that it got,
+            averaged over the clients, whatever is recovered.
+        higher_is_better: For the attack; of stealth, less visible is better.
         unit: ``1`` for a fraction or a distance without unit, ``dB``, ``intensity^2`` (intensities are in [0, 1]),
-            ``position`` (from 1).
+            ``position`` (from 1), ``rank`` (of a matrix).
         description: Formula; n_c is the true and m_c the recovered count of class c, N and M their sums.
         source: Who defined or first reported it.
         headline: Whether boards rank by it; one per target.
     """
 
     name: str
-    target: Literal["labels", "inputs"]
+    target: Literal["labels", "inputs", "stealth"]
     higher_is_better: bool
     unit: str
     description: str
@@ -35,14 +36,33 @@ class MetricSpec:
 
     @property
     def reference(self) -> str:
-        """Name of the row column with what knows nothing of the update: ``*_chance`` (labels), ``*_floor`` (inputs)."""
-        return self.name + ("_chance" if self.target == "labels" else "_floor")
+        """Name of the row column to compare with.
+
+        What knows nothing of the update: ``*_chance`` (labels), ``*_floor`` (inputs). What the honest model looks like
+        on the same batch: ``*_honest`` (stealth).
+        """
+        return f"{self.name}_{_REFERENCES[self.target]}"
+
+
+_REFERENCES = {"labels": "chance", "inputs": "floor", "stealth": "honest"}
 
 
 def _labels(
     name: str, description: str, source: str, *, higher_is_better: bool = True, headline: bool = False
 ) -> MetricSpec:
     return MetricSpec(name, "labels", higher_is_better, "1", description, source, headline)
+
+
+def _stealth(
+    name: str,
+    description: str,
+    source: str = "leakbench",
+    *,
+    higher_is_better: bool = False,
+    unit: str = "1",
+    headline: bool = False,
+) -> MetricSpec:
+    return MetricSpec(name, "stealth", higher_is_better, unit, description, source, headline)
 
 
 METRICS: dict[str, MetricSpec] = {
@@ -124,11 +144,48 @@ METRICS: dict[str, MetricSpec] = {
             "6 dB above that image's best floor",
             "leakbench",
         ),
+        _stealth(
+            "detected",
+            "1 when the client would refuse the model by a threshold on the numbers below but model_disagreement "
+            "(`leakbench.metrics.stealth.Thresholds`), else 0",
+            headline=True,
+        ),
+        _stealth(
+            "least_norm_scale",
+            "smallest, over the normalisation layers, of the largest absolute scale in the layer, 0 = a zeroed layer; "
+            "layers that were zeroed before are left out; null for nets without any",
+            higher_is_better=True,
+        ),
+        _stealth(
+            "logit_spread",
+            "largest range (max - min over the batch) of a logit, over the largest absolute logit; 0 = identical "
+            "logits for all inputs; null for B = 1",
+            higher_is_better=True,
+        ),
+        _stealth("dead_gradient_share", "share of the parameters that lie in tensors whose gradient is exactly zero"),
+        _stealth(
+            "head_gradient_rank",
+            "numerical rank of the last layer's weight gradient (C, d): singular values above "
+            "max(C, d) * eps * the largest, eps of the gradient's type",
+            higher_is_better=True,
+            unit="rank",
+        ),
+        _stealth(
+            "d_snr",
+            "D-SNR: largest, over the layers' weights, of n_max / (sum of the other n_i + 1e-6), n_i the norm of "
+            "example i's gradient; BatchNorm's batch statistics held fixed; null for B = 1",
+            "Garov et al. 2024, arXiv 2306.03013; as in their code",
+        ),
+        _stealth("parameter_distance", "||w - w_previous|| / ||w_previous|| over all parameters"),
+        _stealth(
+            "model_disagreement",
+            "(distinct models - 1) / (K - 1) by the hashes of what the K clients got; null for one client",
+        ),
     )
 }
 """Every metric by name, in the order of columns and tables."""
 
 
 def headline(target: str) -> MetricSpec:
-    """Return the metric that boards of ``target`` (``labels`` or ``inputs``) rank by."""
+    """Return the metric that boards of ``target`` (``labels`` or ``inputs``) rank by, or that sums up ``stealth``."""
     return next(spec for spec in METRICS.values() if spec.headline and spec.target == target)
