@@ -50,9 +50,11 @@ class RobbingTheFed(Attack):
         bins: Rows.
         measure: ``mean`` of the input's numbers, ``cosine`` transform of the flat input at `mode`, or ``random``.
         mode: Frequency of ``cosine``.
-        gain: Scale of the planted weights. The module's outputs are scaled by the inverse, so gradients grow by it too:
-            a small one outweighs the rounding of weights that are sent, a large one keeps local steps from moving them.
-        sparse: Whether the rows are clamped to their own bin, so that no differences are needed.
+        gain: Scale of the planted weights; the rows' sum is scaled by the inverse. Gradients grow as weights shrink,
+            which a small gain needs where weights or their differences are sent: they are rounded.
+        sparse: Whether rows are clamped at the upper edge of their bin, so that each is moved by its own bin alone. With
+            a small gain (1e-5) an input's first local step moves its row so far that no other input enters the bin, and
+            several local steps are exact too.
 
     Reference: Fowl, Geiping, Czaja, Goldblum, Goldstein, "Robbing the Fed: Directly Obtaining Private Data in Federated
     Learning with Modified Models", ICLR 2022, arXiv 2110.13057
@@ -98,7 +100,7 @@ class RobbingTheFed(Attack):
         probe, edges = cohort.prepared["probe"], cohort.prepared["edges"]  # type: ignore[attr-defined]
         scale = self.gain * torch.ones_like(edges[1:])
         if self.sparse:
-            scale = 1 / (edges[1:] - edges[:-1])
+            scale = scale / (edges[1:] - edges[:-1])
         planted = {
             "imprint.weight": scale[:, None] * probe,
             "imprint.bias": -scale * edges[:-1],

@@ -31,13 +31,13 @@ class ImprintLinear(nn.Module):
     Args:
         size: d.
         bins: Rows.
-        sparse: Whether act is clamp(., 0, 1), so that an example moves the rows it lies within, instead of ReLU, so
-            that it moves all rows below it.
+        top: act is clamp(., 0, top), so that an example moves the rows it lies within; with infinity it is ReLU, and
+            an example moves all rows below it.
     """
 
-    def __init__(self, size: int, bins: int, *, sparse: bool) -> None:
+    def __init__(self, size: int, bins: int, *, top: float) -> None:
         super().__init__()
-        self.sparse = sparse
+        self.top = top
         self.weight = nn.Parameter(torch.zeros(bins, size))
         self.bias = nn.Parameter(torch.zeros(bins))
         self.out = nn.Parameter(torch.zeros(bins))
@@ -48,9 +48,7 @@ class ImprintLinear(nn.Module):
 
     def rows(self, flat: Tensor) -> Tensor:
         """Return the (B,) sums for (B, d)."""
-        # A clamp's gradient is that of the identity at 0; Hardtanh and ReLU have none there, as an unused row needs.
-        before = F.linear(flat, self.weight, self.bias)
-        return (F.hardtanh(before, 0.0, 1.0) if self.sparse else F.relu(before)) @ self.out
+        return F.hardtanh(F.linear(flat, self.weight, self.bias), 0.0, self.top) @ self.out
 
 
 class ImprintConv(ImprintLinear):
@@ -63,10 +61,11 @@ class ImprintConv(ImprintLinear):
         input_shape: (C, H, W).
         bins: Rows, which all clients share.
         clients: K.
+        top: See `ImprintLinear`.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], bins: int, clients: int) -> None:
-        super().__init__(clients * math.prod(input_shape), bins, sparse=True)
+    def __init__(self, input_shape: tuple[int, ...], bins: int, clients: int, *, top: float) -> None:
+        super().__init__(clients * math.prod(input_shape), bins, top=top)
         self.kernel = nn.Parameter(torch.zeros(clients * input_shape[0], input_shape[0]))
         self.offset = nn.Parameter(torch.zeros(clients * input_shape[0]))
 
@@ -80,13 +79,13 @@ def _add(inputs: Tensor, sums: Tensor) -> Tensor:
     return inputs + sums.reshape(-1, *(1,) * (inputs.dim() - 1))
 
 
-def imprint_linear(input_shape: tuple[int, ...], *, bins: int, sparse: bool = False) -> nn.Module:
-    """Return an `ImprintLinear` for any inputs."""
-    return ImprintLinear(math.prod(input_shape), bins, sparse=sparse)
+def imprint_linear(input_shape: tuple[int, ...], *, bins: int, sparse: bool = False, gain: float = 1.0) -> nn.Module:
+    """Return an `ImprintLinear` for any inputs; ``sparse`` rows are clamped to 0..gain."""
+    return ImprintLinear(math.prod(input_shape), bins, top=gain if sparse else math.inf)
 
 
-def imprint_conv(input_shape: tuple[int, ...], *, bins: int, clients: int) -> nn.Module:
-    """Return an `ImprintConv` for images.
+def imprint_conv(input_shape: tuple[int, ...], *, bins: int, clients: int, gain: float = 1.0) -> nn.Module:
+    """Return an `ImprintConv` for images, its rows clamped to 0..gain.
 
     Raises:
         UserError: Inputs are not (C, H, W).
@@ -95,7 +94,7 @@ def imprint_conv(input_shape: tuple[int, ...], *, bins: int, clients: int) -> nn
         raise UserError(
             f"imprint_conv: expected inputs (channels, height, width), got {input_shape}; use imprint_linear"
         )
-    return ImprintConv(input_shape, bins, clients)
+    return ImprintConv(input_shape, bins, clients, top=gain)
 
 
 IMPRINTS: dict[str, Callable[..., nn.Module]] = {"imprint_linear": imprint_linear, "imprint_conv": imprint_conv}
