@@ -52,9 +52,9 @@ class RobbingTheFed(Attack):
         mode: Frequency of ``cosine``.
         gain: Scale of the planted weights; the rows' sum is scaled by the inverse. Gradients grow as weights shrink,
             which a small gain needs where weights or their differences are sent: they are rounded.
-        sparse: Whether rows are clamped at the upper edge of their bin, so that each is moved by its own bin alone. With
-            a small gain (1e-5) an input's first local step moves its row so far that no other input enters the bin, and
-            several local steps are exact too.
+        sparse: Whether rows are clamped at the upper edge of their bin, so that each is moved by its own bin alone.
+            With a small gain (1e-5) an input's first local step moves its row so far that no other input enters the
+            bin, and several local steps are exact too.
 
     Reference: Fowl, Geiping, Czaja, Goldblum, Goldstein, "Robbing the Fed: Directly Obtaining Private Data in Federated
     Learning with Modified Models", ICLR 2022, arXiv 2110.13057
