@@ -43,7 +43,8 @@ class Thresholds:
         dead_gradient_share: Refuse above it.
         head_gradient_rank: Refuse below it. At 1 only a last layer without any gradient is refused: honest nets may
             give 1, because their inputs of the last layer can be all but equal.
-        d_snr: Refuse above it. Off by default: a converged model with one example that it gets wrong reaches any value.
+        d_snr: Refuse above it. None, not checked, by default: a converged model and one example that it gets wrong
+            reach any value.
         parameter_distance: Refuse above it. One round should move the model by less than ten times its norm.
     """
 
@@ -51,7 +52,7 @@ class Thresholds:
     logit_spread: float = 5e-7
     dead_gradient_share: float = 0.5
     head_gradient_rank: float = 1.0
-    d_snr: float = LARGEST
+    d_snr: float | None = None
     parameter_distance: float = 10.0
 
 
@@ -173,6 +174,7 @@ def findings(
     batch_norm: BatchNormMode = "eval",
     reduction: Reduction = "mean",
     thresholds: Thresholds | None = None,
+    with_d_snr: bool = True,
 ) -> dict[str, Tensor]:
     """Return everything that one client can find out about the model it got, and whether it would refuse.
 
@@ -186,6 +188,7 @@ def findings(
         batch_norm: How BatchNorm normalises in the client.
         reduction: Of the loss over the batch.
         thresholds: When it refuses; the defaults where None.
+        with_d_snr: Whether to compute it: it takes a gradient of every example, the rest one of the batch.
 
     Returns:
         (T,) float64 by metric; one that does not exist for such a task is left out.
@@ -194,7 +197,7 @@ def findings(
     found = {
         "least_norm_scale": least_norm_scale(model, previous),
         **_of_batch(model, inputs, labels, batch_norm, reduction),
-        "d_snr": d_snr(model, inputs, labels, batch_norm),
+        "d_snr": d_snr(model, inputs, labels, batch_norm) if with_d_snr else None,
         "parameter_distance": parameter_distance(model, previous),
     }
     values = {name: value.expand(trials) for name, value in found.items() if value is not None}
@@ -209,7 +212,7 @@ def findings(
 
 def failed_checks(values: Mapping[str, Tensor], thresholds: Thresholds) -> dict[str, Tensor]:
     """Return, by metric that has a threshold, whether (T,) ``values`` are beyond it."""
-    limits = {name: limit for name, limit in vars(thresholds).items() if name in values}
+    limits = {name: limit for name, limit in vars(thresholds).items() if limit is not None and name in values}
     return {name: values[name] < limit if name in _AT_LEAST else values[name] > limit for name, limit in limits.items()}
 
 
