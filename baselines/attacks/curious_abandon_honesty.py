@@ -69,7 +69,8 @@ class CuriousAbandonHonesty(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Claim what the neurons' quotients give, (T, n, *input_shape)."""
-        return Analytic().run(observation)
+        recovery: Recovery = Analytic().run(observation)
+        return recovery
 
 
 def trap_weights(rows: int, size: int, scale: float, sigma: float) -> Tensor:

@@ -61,11 +61,10 @@ class ImprintConv(ImprintLinear):
         input_shape: (C, H, W).
         bins: Rows, which all clients share.
         clients: K.
-        top: See `ImprintLinear`.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], bins: int, clients: int, *, top: float) -> None:
-        super().__init__(clients * math.prod(input_shape), bins, top=top)
+    def __init__(self, input_shape: tuple[int, ...], bins: int, clients: int) -> None:
+        super().__init__(clients * math.prod(input_shape), bins, top=1.0)
         self.kernel = nn.Parameter(torch.zeros(clients * input_shape[0], input_shape[0]))
         self.offset = nn.Parameter(torch.zeros(clients * input_shape[0]))
 
@@ -84,8 +83,8 @@ def imprint_linear(input_shape: tuple[int, ...], *, bins: int, sparse: bool = Fa
     return ImprintLinear(math.prod(input_shape), bins, top=gain if sparse else math.inf)
 
 
-def imprint_conv(input_shape: tuple[int, ...], *, bins: int, clients: int, gain: float = 1.0) -> nn.Module:
-    """Return an `ImprintConv` for images, its rows clamped to 0..gain.
+def imprint_conv(input_shape: tuple[int, ...], *, bins: int, clients: int) -> nn.Module:
+    """Return an `ImprintConv` for images, its rows clamped to 0..1.
 
     Raises:
         UserError: Inputs are not (C, H, W).
@@ -94,7 +93,7 @@ def imprint_conv(input_shape: tuple[int, ...], *, bins: int, clients: int, gain:
         raise UserError(
             f"imprint_conv: expected inputs (channels, height, width), got {input_shape}; use imprint_linear"
         )
-    return ImprintConv(input_shape, bins, clients, top=gain)
+    return ImprintConv(input_shape, bins, clients)
 
 
 IMPRINTS: dict[str, Callable[..., nn.Module]] = {"imprint_linear": imprint_linear, "imprint_conv": imprint_conv}
