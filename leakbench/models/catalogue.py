@@ -80,7 +80,7 @@ for _spec in (
     ArchitectureSpec(
         "mlp",
         "leakbench.models.small:mlp",
-        "fully connected net; params: width (300), depth (2 hidden layers), activation (relu)",
+        "fully connected net; params: width (300), depth (2 hidden layers), activation (relu), batch_norm (false)",
         "FCN-3 of Ma et al., iLRG, ICLR 2023",
         nonnegative_features=True,
         batch_norm=False,

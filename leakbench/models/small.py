@@ -60,9 +60,17 @@ def _activation(name: str) -> nn.Module:
 
 
 def mlp(
-    input_shape: tuple[int, ...], num_classes: int, *, width: int = 300, depth: int = 2, activation: str = "relu"
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    *,
+    width: int = 300,
+    depth: int = 2,
+    activation: str = "relu",
+    batch_norm: bool = False,
 ) -> nn.Module:
     """Return a fully connected net with ``depth`` hidden layers of ``width`` (FCN-3 of iLRG, Ma et al. 2023).
+
+    With ``batch_norm``, every hidden layer's outputs are normalised before the activation.
 
     Raises:
         UserError: There is no such activation.
@@ -70,7 +78,10 @@ def mlp(
     layers: list[tuple[str, nn.Module]] = [("flatten", nn.Flatten())]
     size = math.prod(input_shape)
     for i in range(depth):
-        layers += [(f"linear{i}", nn.Linear(size, width)), (f"{activation}{i}", _activation(activation))]
+        layers.append((f"linear{i}", nn.Linear(size, width)))
+        if batch_norm:
+            layers.append((f"bn{i}", nn.BatchNorm1d(width)))
+        layers.append((f"{activation}{i}", _activation(activation)))
         size = width
     return Classifier(_named(layers), input_shape, num_classes)
 

@@ -67,6 +67,16 @@ def test_a_net_without_hidden_layers_has_the_features_of_its_inputs():
     assert model.nonnegative_features is False
 
 
+@pytest.mark.parametrize("name", ["mlp", "lenet5"])
+def test_batch_norm_is_optional_and_comes_before_the_activation(name):
+    assert not build(name).has_batch_norm
+    model = build(name, batch_norm=True)
+    kinds = [type(layer).__name__ for layer in model.module.modules() if not isinstance(layer, nn.Sequential)]
+    places = [i for i, kind in enumerate(kinds) if kind == "ExplicitBatchNorm"]
+    assert len(places) == 2
+    assert all(kinds[i - 1] in ("Linear", "Conv2d") and kinds[i + 1] == "ReLU" for i in places)
+
+
 @pytest.mark.parametrize(("depth", "convolutions"), [(11, 8), (13, 10), (16, 13), (19, 16)])
 def test_vgg_has_as_many_weight_layers_as_its_name_says(depth, convolutions):
     model = build("vgg", depth=depth)
