@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from leakbench.errors import NotGranted as NotGranted
     from leakbench.errors import UserError as UserError
     from leakbench.knowledge import Knowledge as Knowledge
+    from leakbench.observation import Cohort as Cohort
     from leakbench.observation import Observation as Observation
     from leakbench.suites import load_suite as load_suite
     from leakbench.suites import load_task as load_task
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Attack": "leakbench.attack",
+    "Cohort": "leakbench.observation",
     "Defense": "leakbench.defense",
     "DefenseContext": "leakbench.defense",
     "Knowledge": "leakbench.knowledge",

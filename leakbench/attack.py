@@ -15,7 +15,7 @@ from leakbench.entry import Entry
 from leakbench.errors import InvalidOutput
 from leakbench.knowledge import Knowledge
 from leakbench.models.functional import Model
-from leakbench.observation import Observation
+from leakbench.observation import Cohort, Observation
 
 NOTE = "note/"
 """Leads the names of `Recovery.notes` among the claimed tensors."""
@@ -84,14 +84,14 @@ class RecoveryShape:
     Args:
         trials: T.
         clients: K.
-        inputs_per_client: N.
+        inputs: Examples of all clients of a trial together.
         num_classes: C.
         input_shape: Shape of one input.
     """
 
     trials: int
     clients: int
-    inputs_per_client: int
+    inputs: int
     num_classes: int
     input_shape: tuple[int, ...]
 
@@ -162,13 +162,13 @@ class RecoveryShape:
             raise InvalidOutput(f"Recovery.label_counts: expected shape {expected}, got {tuple(counts.shape)}")
         counts = counts.detach().to("cpu", torch.int64)
         # A claim of 2**60 labels would overflow the scores; nobody holds more than a few times N.
-        most = 1000 * self.inputs_per_client * self.clients
+        most = 1000 * self.inputs
         if bool((counts < 0).any()) or bool((counts > most).any()):
             raise InvalidOutput(f"Recovery.label_counts: expected counts in 0..{most}")
         return counts
 
     def _inputs(self, inputs: Tensor | None) -> Tensor:
-        total = self.clients * self.inputs_per_client
+        total = self.inputs
         expected = f"({self.trials}, at most {total}, {', '.join(map(str, self.input_shape))})"
         if inputs is None:
             raise InvalidOutput(f"Recovery.inputs: expected inputs {expected}, got None")
@@ -221,6 +221,12 @@ class Attack(Entry, ABC):
     An attack that recovers both may read less for one target: ``("labels:head.weight", "inputs:*")``.
     """
 
+    inserts: ClassVar[str | None] = None
+    """Module of `leakbench.models.imprint` that is inserted in front of the net, as its submodule ``imprint``.
+
+    Its parameters are the attack's own of the same names, and ``clients`` (K); before planting it is the identity.
+    """
+
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:  # noqa: ARG002  (neutral default of a hook)
         """Compute what depends on the model alone; called once per (attack, defense, model), sees no update.
 
@@ -234,16 +240,22 @@ class Attack(Entry, ABC):
         """
         return {}
 
-    def plant(self, model: Model, cohort: int, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
-        """Choose the model parameters that are sent to the clients (malicious server only).
+    def plant(
+        self,
+        model: Model,  # noqa: ARG002
+        cohort: Cohort,  # noqa: ARG002
+        history: Sequence[Mapping[str, Tensor]],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Choose the parameters that are sent to the clients (malicious server only); called once a round.
 
         Args:
-            model: The honest global model.
-            cohort: Number of clients K.
-            history: What earlier rounds granted, an update per round.
+            model: The honest global model, with the module that `inserts` names.
+            cohort: What is known of the clients, and what was prepared.
+            history: What earlier rounds granted, an update per round, tensors (T, *shape) by name.
 
         Returns:
-            Only the tensors it replaces, each with a leading dimension of 1 (all clients) or K.
+            Only the parameters it replaces, each with a leading dimension of 1 (all clients) or K (one per client;
+            needs ``per_client``). Where K = 1 every trial is a client, so that it may also be T.
         """
         return {}
 

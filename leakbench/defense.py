@@ -35,6 +35,9 @@ class DefenseContext:
         batch_norm: How BatchNorm normalises in the client: ``eval`` or ``train``.
         reduction: Of the loss over the batch: ``mean`` or ``sum``.
         sends: What leaves the client: ``gradient``, ``delta`` or ``weights``.
+        previous: The model that the client got before this round's, M = 1 or T; the honest global model in the first.
+        digests: What clients may compare: a hash of the parameters that each of the K clients got this round. Empty
+            where a client is simulated on its own.
     """
 
     model: Model
@@ -51,6 +54,8 @@ class DefenseContext:
     batch_norm: BatchNormMode = "eval"
     reduction: Reduction = "mean"
     sends: Literal["gradient", "delta", "weights"] = "gradient"
+    previous: Model | None = None
+    digests: tuple[str, ...] = ()
 
 
 class Defense(Entry):
@@ -60,7 +65,7 @@ class Defense(Entry):
     """
 
     acts_on: ClassVar[frozenset[str]] = frozenset()
-    """Where it acts: ``model``, ``broadcast``, ``batch``, ``per_example``, ``step``, ``update``."""
+    """Where it acts: ``model``, ``accept``, ``broadcast``, ``batch``, ``per_example``, ``step``, ``update``."""
     strength: ClassVar[tuple[str, str] | None] = None
     """The swept parameter and which way is stronger: ``("std", "higher")``."""
     merges: ClassVar[int] = 1
@@ -74,6 +79,14 @@ class Defense(Entry):
     def model(self, model: nn.Module) -> nn.Module:
         """Change the architecture before it is trained; the result is what the server holds."""
         return model
+
+    def accept(self, ctx: DefenseContext) -> Tensor:
+        """Decide whether the client takes part, (T,) bool, given what it got; called once a round, before training.
+
+        A client that refuses sends zeros. See ``ctx.model``, ``ctx.previous``, ``ctx.digests``; ``ctx.inputs`` and
+        ``ctx.labels`` are its first local batch.
+        """
+        return torch.ones(ctx.inputs.shape[0], dtype=torch.bool, device=ctx.inputs.device)
 
     def broadcast(self, weights: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
         """Change what an adversary on the wire sees of the model that was sent to the client, (T, *shape) by name.
@@ -113,7 +126,7 @@ class Defense(Entry):
         return getattr(type(self), hook) is not getattr(Defense, hook)
 
 
-HOOKS = ("model", "broadcast", "batch", "per_example", "step", "update")
+HOOKS = ("model", "accept", "broadcast", "batch", "per_example", "step", "update")
 """The hooks, in the order in which a client calls them."""
 
 
@@ -142,6 +155,23 @@ class DefenseChain:
         for part in self.parts:
             model = part.model(model)
         return model
+
+    def accept(self, ctx: DefenseContext) -> Tensor:
+        """Return whether every part takes part, (T,) bool.
+
+        Raises:
+            InvalidOutput: A part returned anything else.
+        """
+        trials = ctx.inputs.shape[0]
+        accepted = torch.ones(trials, dtype=torch.bool, device=ctx.inputs.device)
+        for index, part in enumerate(self.parts):
+            if not part.overrides("accept"):
+                continue
+            answer = part.accept(self._context(ctx, index, "accept"))
+            if _kind(answer) != _kind(accepted):
+                raise InvalidOutput(f"{part!r}.accept must return {_kind(accepted)}, got {_kind(answer)}")
+            accepted = accepted & answer
+        return accepted
 
     def batch(self, inputs: Tensor, labels: Tensor, ctx: DefenseContext) -> tuple[Tensor, Tensor]:
         """Apply every part's ``batch`` hook.

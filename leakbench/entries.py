@@ -69,6 +69,8 @@ class Description(Part):
     """Attack: whether it brings its own ``prepare``."""
     plants: bool = False
     """Attack: whether it brings its own ``plant``."""
+    inserts: str | None = None
+    """Attack: module of `leakbench.models.imprint` that it has inserted in front of the net."""
     acts_on: tuple[str, ...] = ()
     """Defense: hooks of the client it changes."""
     strength: tuple[str, str] | None = None

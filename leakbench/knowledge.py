@@ -34,8 +34,9 @@ class Facts:
         normalised: Whether inputs are normalised by the spec's mean and std.
         num_classes: C.
         clients: K.
-        batch_size: B.
-        inputs_per_client: N.
+        batch_size: B; the mean, rounded up, where clients differ.
+        inputs_per_client: N; the mean, rounded up, where clients differ.
+        client_sizes: (K,) examples behind each client's update.
         class_prior: (C,) class frequencies of the data source.
         wall_seconds: Time the whole block may take.
         model_evaluations: Gradient evaluations per trial that the budget allows; None is unlimited.
@@ -50,6 +51,7 @@ class Facts:
     clients: int = 1
     batch_size: int | None = None
     inputs_per_client: int | None = None
+    client_sizes: tuple[int, ...] | None = None
     class_prior: tuple[float, ...] | None = None
     wall_seconds: float | None = None
     model_evaluations: int | None = None
@@ -154,13 +156,27 @@ class Knowledge:
 
     @property
     def batch_size(self) -> int:
-        """B: examples of one local batch."""
+        """B: examples of one local batch; the mean, rounded up, where clients differ."""
         return self._grant("batch_size", self._facts.batch_size)
 
     @property
     def inputs_per_client(self) -> int:
-        """N: examples behind one client's update."""
+        """N: examples behind one client's update; the mean, rounded up, where clients differ: see `client_sizes`."""
         return self._grant("batch_size", self._facts.inputs_per_client)
+
+    @property
+    def client_sizes(self) -> Tensor:
+        """(K,) int64 examples behind each client's update; a server gets them along with the updates."""
+        sizes = self._facts.client_sizes or (self.inputs_per_client,) * self.clients
+        return torch.tensor(self._grant("batch_size", sizes), device=self._random.device)
+
+    @property
+    def client_weights(self) -> Tensor:
+        """(K,) float64 weights of the clients' updates in the aggregate; they sum to 1."""
+        if self._facts.protocol.weighting == "equal":
+            return torch.full((self.clients,), 1 / self.clients, dtype=torch.float64, device=self._random.device)
+        sizes = self.client_sizes.double()
+        return sizes / sizes.sum()
 
     @property
     def local_steps(self) -> int:

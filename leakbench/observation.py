@@ -1,4 +1,4 @@
-"""What an attack sees: `Knowledge` plus what the clients sent."""
+"""What an attack sees: `Knowledge` plus what the clients sent, or before that plus what it prepared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from leakbench.errors import NotGranted
 from leakbench.federation.client import batch_order
+from leakbench.federation.planting import Planted
 from leakbench.knowledge import Knowledge
+from leakbench.models.functional import Model
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Seen:
         order: (T, K, local_steps, B) batch order, where granted and not that of the examples themselves.
         prepared: What `Attack.prepare` returned.
         statistics: (T, channels) BatchNorm statistics of the last round, where the grant goes beyond the server's own.
+        planted: What clients got, per round; empty where nothing may be planted.
     """
 
     updates: Sequence[Mapping[str, Tensor]]
@@ -32,6 +35,20 @@ class Seen:
     order: Tensor | None = None
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    planted: Sequence[Planted] = ()
+
+
+class Cohort(Knowledge):
+    """The clients that a model is planted for: `Knowledge` plus what the attack prepared."""
+
+    def __init__(self, prepared: Mapping[str, Tensor], **knowledge: Any) -> None:
+        super().__init__(**knowledge)
+        self._prepared = prepared
+
+    @property
+    def prepared(self) -> Mapping[str, Tensor]:
+        """What `Attack.prepare` returned."""
+        return self._prepared
 
 
 class Observation(Knowledge):
@@ -60,6 +77,7 @@ class Observation(Knowledge):
                 order=None if seen.order is None else seen.order[part],
                 prepared=seen.prepared,
                 statistics=cut(seen.statistics),
+                planted=[planted.trials(first, last) for planted in seen.planted],
             ),
             facts=self._facts,
             random=self._random.part(first, last),
@@ -88,6 +106,61 @@ class Observation(Knowledge):
         return self._seen.updates
 
     @property
+    def model(self) -> Model:
+        """The model that the clients got in the last round, M = 1 or T; the honest one where theirs differ."""
+        honest = super().model
+        planted = self._seen.planted
+        return honest if not planted or planted[-1].differs else planted[-1].model_of(0)
+
+    @property
+    def planted(self) -> Mapping[str, Tensor]:
+        """What this attack replaced in the last round: leading dimension 1, K, or, where K = 1, T."""
+        return self.plants[-1] if self._seen.planted else {}
+
+    @property
+    def plants(self) -> Sequence[Mapping[str, Tensor]]:
+        """What this attack replaced in every round, oldest first."""
+        return [planted.tensors for planted in self._seen.planted]
+
+    def client_model(self, client: int, round_index: int = -1) -> Model:
+        """Return what client ``client`` (from 0) of every trial got in a round, M = 1 or T."""
+        honest, planted = super().model, self._seen.planted
+        return planted[round_index].model_of(client) if planted else honest
+
+    def isolated(self, update: Mapping[str, Tensor], client: int) -> Observation:
+        """Return what would be seen if client ``client`` had sent ``update`` on its own, so that any attack can run.
+
+        Args:
+            update: (T, *shape) by name, in the units of what is sent.
+            client: Which one, from 0; its model and its number of examples are taken.
+        """
+        seen, each = self._seen, self._facts.client_sizes
+        own = None if each is None else each[client]
+        facts = replace(
+            self._facts,
+            clients=1,
+            client_sizes=None if own is None else (own,),
+            inputs_per_client=own,
+            batch_size=None if own is None else own // self._facts.protocol.local_batches,
+            protocol=self._facts.protocol.model_copy(update={"clients": 1, "weighting": "equal"}),
+        )
+        alone = Observation(
+            Seen(
+                [update],
+                labels=None if seen.labels is None else seen.labels[:, client : client + 1],
+                order=None if seen.order is None else seen.order[:, client : client + 1],
+            ),
+            facts=facts,
+            random=self._random.at("client", client),
+            model=None if self._model is None else self.client_model(client),
+            auxiliary=self._auxiliary,
+            defense=self._defense,
+            report=self._report,
+        )
+        alone._count = self._count
+        return alone
+
+    @property
     def prepared(self) -> Mapping[str, Tensor]:
         """What `Attack.prepare` returned."""
         return self._seen.prepared
@@ -104,7 +177,8 @@ class Observation(Knowledge):
     @property
     def labels(self) -> Tensor:
         """(T, N) private labels; for K > 1 clients their labels one after the other."""
-        return self._grant("labels", self._seen.labels).flatten(1)
+        labels = self._grant("labels", self._seen.labels).flatten(1)
+        return labels[:, labels[0] >= 0]  # clients of a cohort may hold fewer than N
 
     @property
     def batch_order(self) -> Tensor:

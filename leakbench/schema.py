@@ -15,7 +15,7 @@ import pyarrow as pa
 from leakbench.metrics import METRICS
 from leakbench.tasks import Task
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Raised when a column is added, removed, renamed or changes its type."""
 
 BENCHMARK_VERSION = "0.3"
@@ -76,7 +76,13 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("stage", _TEXT, "How far the model was trained"),
     Field("checkpoint_sha256", _TEXT, "Sha256 of the weights of this trial's model; null: not built", nullable=True),
     Field("checkpoint_origin", _TEXT, "init, official, local or pretrained; null: not built", nullable=True),
-    Field("batch_size", _INT, "B: examples per local batch"),
+    Field("batch_size", _INT, "B: examples per local batch; of the largest client where they differ"),
+    Field(
+        "batch_sizes",
+        _TEXT,
+        "Batch sizes that the clients of a cohort have in turn, JSON; null: all have batch_size",
+        nullable=True,
+    ),
     Field("sampler", _TEXT, "Label sampler"),
     Field("sampler_alpha", _FLOAT, "Concentration of the dirichlet sampler; null elsewhere", nullable=True),
     Field("sampler_classes", _INT, "Classes of a batch of the balanced sampler; null elsewhere", nullable=True),
@@ -94,6 +100,7 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("rounds", _INT, "R: rounds of plant and update that one attack sees"),
     Field("clients", _INT, "K: clients behind one update"),
     Field("secure_aggregation", _BOOL, "Whether only the sum over clients is seen"),
+    Field("weighting", _TEXT, "Weights of the clients in the sum: equal, or by their numbers of examples"),
     Field("precision", _TEXT, "Arithmetic of the client; TF32 is off"),
     # Identity: the threat model
     Field("adversary", _TEXT, "honest_but_curious or malicious_server"),
@@ -135,6 +142,14 @@ ROW_FIELDS: tuple[Field, ...] = (
         "What the adversary sees of the model: sent, as the client got it; defended: a defense changed what the "
         "adversary sees of the model, which overstates protection against a server (such rows have no lane)",
     ),
+    Field("inserted", _TEXT, "Module that the attack had inserted in front of the net; null: none", nullable=True),
+    Field(
+        "planted_share",
+        _FLOAT,
+        "Share of the parameters that the attack replaced; null: it planted none",
+        nullable=True,
+    ),
+    Field("planted_tensors", _TEXT, "Names of the parameters that it replaced, JSON; null: none", nullable=True),
     Field("draw", _INT, "Number of the init or checkpoint that the trial uses"),
     Field("distinct_labels", _INT, "Distinct labels among the victim's; null: not drawn", nullable=True),
     Field("max_label_count", _INT, "Count of the victim's most frequent label; null: not drawn", nullable=True),
@@ -156,10 +171,18 @@ ROW_FIELDS: tuple[Field, ...] = (
             _FLOAT,
             f"{spec.name} of the better of a prior-drawn and the best constant guess, same sampler; on failed rows too"
             if spec.target == "labels"
+            else f"{spec.name} of the honest model for the same batch"
+            if spec.target == "stealth"
             else f"{spec.name} of the best floor (random image, dataset mean, ...) for this victim; on failed rows too",
             nullable=True,
         )
         for spec in METRICS.values()
+    ),
+    Field(
+        "refused",
+        _FLOAT,
+        "Share of the clients that refused the model, in the last round; null: no update",
+        nullable=True,
     ),
     Field("feature_checkpoint", _TEXT, "Architecture:sha256 of the net behind feature_distance", nullable=True),
     Field("identification_gallery", _INT, "Images that identification_rank orders", nullable=True),
@@ -236,10 +259,12 @@ def task_columns(task: Task) -> dict[str, Any]:
         "architecture_params": json.dumps(task.architecture.params, sort_keys=True),
         "stage": task.stage,
         "batch_size": task.batch.size,
+        "batch_sizes": None if task.batch.sizes is None else json.dumps(task.batch.sizes),
         "sampler": task.batch.sampler,
         "sampler_alpha": task.batch.alpha,
         "sampler_classes": task.batch.classes,
         **task.protocol.content(),
+        "weighting": task.protocol.weighting,
         **threat,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -41,6 +41,15 @@ class Part(BaseModel):
     """Base of every part of a task: frozen, no unknown keys, finite numbers, no strings taken for numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    younger: ClassVar[frozenset[str]] = frozenset()
+    """Fields younger than published hashes: with their default they leave no trace in the content."""
+
+    @model_serializer(mode="wrap")
+    def _younger_defaults_leave_no_trace(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = default(self)
+        fields = type(self).model_fields
+        return {k: v for k, v in content.items() if k not in self.younger or v != fields[k].default}
 
     def content(self) -> dict[str, Any]:
         """Return the JSON-able content that the hash covers."""
@@ -82,11 +91,26 @@ class BatchSpec(Part):
     classes: Annotated[int, Field(ge=1)] | None = None
     """Number of classes of the ``balanced`` sampler, which are drawn anew for every client; only there."""
 
-    @model_serializer(mode="wrap")
-    def _unused_classes_leave_no_trace(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # The field is younger than published hashes of tasks that do not use it.
-        content: dict[str, Any] = default(self)
-        return {key: value for key, value in content.items() if key != "classes" or value is not None}
+    sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    """Batch sizes of a cohort whose clients differ: client k has ``sizes[k % len(sizes)]``; ``size`` is the largest."""
+
+    younger: ClassVar[frozenset[str]] = frozenset({"classes", "sizes"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_is_the_largest(cls, fields: Any) -> Any:
+        sizes = fields.get("sizes") if isinstance(fields, dict) else None
+        if isinstance(sizes, list | tuple) and sizes and all(type(size) is int for size in sizes):
+            if fields.get("size", max(sizes)) != max(sizes):
+                raise ValueError(f"size: leave it out, or give the largest of sizes, {max(sizes)}")
+            return {**fields, "size": max(sizes), "sizes": tuple(sizes)}
+        return fields
+
+    def of_client(self, client: int) -> BatchSpec:
+        """Return what client ``client`` (from 0) draws: one size."""
+        if self.sizes is None:
+            return self
+        return self.model_copy(update={"size": self.sizes[client % len(self.sizes)], "sizes": None})
 
     @model_validator(mode="after")
     def _parameters_belong_to_their_samplers(self) -> BatchSpec:
@@ -94,16 +118,16 @@ class BatchSpec(Part):
             raise ValueError("alpha is needed by the dirichlet sampler and by no other")
         if (self.sampler == "balanced") != (self.classes is not None):
             raise ValueError("classes is needed by the balanced sampler and by no other")
-        if self.classes is not None and self.classes > self.size:
-            raise ValueError(f"classes: expected at most the batch size, {self.size}, got {self.classes}")
+        smallest = min(self.sizes or (self.size,))
+        if self.classes is not None and self.classes > smallest:
+            raise ValueError(f"classes: expected at most the batch size, {smallest}, got {self.classes}")
         return self
 
     @property
     def label(self) -> str:
         """Short name, e.g. ``b8-unbalanced``."""
-        return f"b{self.size}-{self.sampler}" + (
-            f"{self.alpha or self.classes:g}" if self.alpha or self.classes else ""
-        )
+        size = "_".join(map(str, self.sizes or (self.size,)))
+        return f"b{size}-{self.sampler}" + (f"{self.alpha or self.classes:g}" if self.alpha or self.classes else "")
 
 
 def local_batches(batches: str, local_steps: int, batches_per_epoch: int) -> int:
@@ -143,6 +167,10 @@ class Protocol(Part):
     """Whether only the sum of the clients' updates is seen."""
     precision: Literal["float32", "float64"] = "float32"
     """Arithmetic of the client; TF32 is always off."""
+    weighting: Literal["equal", "examples"] = "equal"
+    """Weights of the clients in the aggregate: equal, or by their numbers of examples (McMahan et al. 2017)."""
+
+    younger: ClassVar[frozenset[str]] = frozenset({"weighting"})
 
     @model_validator(mode="after")
     def _gradient_is_one_step(self) -> Protocol:
@@ -163,7 +191,11 @@ class Protocol(Part):
         default = type(self).model_fields["lr"].default
         rate = f"-lr{self.lr:g}" if self.lr != default else ""
         steps = "" if self.sends == "gradient" else f"{self.local_steps}{rate}"
-        return self.sends + steps + (f"-k{self.clients}" if self.clients > 1 else "")
+        cohort = f"-k{self.clients}" if self.clients > 1 else ""
+        rounds = f"-r{self.rounds}" if self.rounds > 1 else ""
+        weighted = "-weighted" if self.weighting == "examples" else ""
+        mode = "-bntrain" if self.batch_norm == "train" else ""
+        return self.sends + steps + cohort + rounds + weighted + mode
 
 
 class ThreatModel(Part):
@@ -339,6 +371,8 @@ class Task(Part):
     def _clients_without_aggregation_are_trials(self) -> Task:
         if self.protocol.clients > 1 and not self.protocol.secure_aggregation:
             raise ValueError("clients > 1 needs secure_aggregation: true; without it each client is a trial of its own")
+        if self.batch.sizes is not None and self.protocol.batches == "epochs":
+            raise ValueError("sizes: clients that differ need batches: fresh or same, not epochs")
         return self
 
     @property
@@ -361,8 +395,14 @@ class Task(Part):
 
     @property
     def inputs_per_client(self) -> int:
-        """N: examples behind one client's update."""
+        """N: examples behind one client's update; of the largest client where they differ."""
         return self.batch.size * self.protocol.local_batches
+
+    @property
+    def client_sizes(self) -> tuple[int, ...]:
+        """N of every client, (K,)."""
+        clients, batches = self.protocol.clients, self.protocol.local_batches
+        return tuple(self.batch.of_client(k).size * batches for k in range(clients))
 
     @property
     def lane(self) -> str | None:

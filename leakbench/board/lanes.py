@@ -29,7 +29,7 @@ LANE_COLUMNS = {
 }
 """The columns that follow `LANE_KEYS` and the attack's keys."""
 
-_VICTIM = ("dataset", "dataset_fingerprint", "batch_size", "sampler", "sampler_alpha", "sampler_classes")
+_VICTIM = ("dataset", "dataset_fingerprint", "batch_size", "batch_sizes", "sampler", "sampler_alpha", "sampler_classes")
 """With the trial, and the number of examples behind the update, what tells victims apart."""
 
 

@@ -20,6 +20,9 @@ from leakbench.tasks import BatchSpec
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+PADDING = -1
+"""Index and label of an example that a client of a cohort of unequal sizes lacks."""
+
 _ANY = -1
 _CHUNK_WORDS = 2_000_000
 
@@ -32,11 +35,18 @@ class Victims:
         indices: int64 (T, K, N) into the dataset, distinct within a trial.
         inputs: uint8 (T, K, N, *shape).
         labels: int64 (T, K, N).
+
+    N is the largest client's; what a smaller one lacks has index and label `PADDING`, and black inputs.
     """
 
     indices: Ints
     inputs: npt.NDArray[np.uint8]
     labels: Ints
+
+    @property
+    def held(self) -> npt.NDArray[np.bool_]:
+        """Which examples there are, bool (K * N,); the same in every trial."""
+        return np.asarray(self.indices[0] != PADDING).reshape(-1)
 
 
 class _Uniforms:
@@ -110,23 +120,31 @@ def draw_victims(
         Unavailable: The split holds fewer examples or classes than one trial needs.
     """
     rows = dataset.rows(split)
-    size = local_batches * batch.size
-    if clients * size > len(rows):
+    specs = [batch.of_client(k) for k in range(clients)]
+    total = sum(spec.size for spec in specs) * local_batches
+    if total > len(rows):
         raise Unavailable(
             f"batch larger than its split: expected at most {len(rows)} examples in {split!r} of "
-            f"{dataset.spec.name}, got {clients} clients x {local_batches} batches x {batch.size} = "
-            f"{clients * size}; lower the batch size, local_steps or clients"
+            f"{dataset.spec.name}, got {clients} clients x {local_batches} batches x "
+            f"{'/'.join(map(str, batch.sizes or (batch.size,)))} = {total}; "
+            "lower the batch size, local_steps or clients"
         )
     labels = dataset.labels[rows]
     members = [rows[labels == c] for c in range(dataset.num_classes)]
     present = np.flatnonzero([len(m) for m in members])
-    _check_classes(batch, len(present), f"{split!r} of {dataset.spec.name}")
+    for spec in set(specs):
+        _check_classes(spec, len(present), f"{split!r} of {dataset.spec.name}")
     names = (dataset.fingerprint, split, batch.content(), clients, local_batches)
-    indices = np.empty((len(trials), clients, size), dtype=np.int64)
+    indices = np.full((len(trials), clients, local_batches * batch.size), PADDING)
     for t, trial in enumerate(trials):
         uniforms = _Uniforms(keys.derive(key, "victim", *names, int(trial)))
-        indices[t] = _draw_trial(batch, _Pool(members), present, clients, local_batches, uniforms)
-    return Victims(indices=indices, inputs=dataset.images[indices], labels=dataset.labels[indices])
+        pool = _Pool(members)
+        for k, spec in enumerate(specs):
+            own = _draw_client(spec, pool, present, local_batches, uniforms, f"client {k + 1} of {clients}")
+            indices[t, k, : len(own)] = own
+    inputs, drawn = dataset.images[indices], dataset.labels[indices]
+    inputs[indices == PADDING], drawn[indices == PADDING] = 0, PADDING
+    return Victims(indices=indices, inputs=inputs, labels=drawn)
 
 
 def draw_label_counts(
@@ -184,39 +202,38 @@ def _check_classes(batch: BatchSpec, present: int, where: str) -> None:
         )
 
 
-def _draw_trial(
-    batch: BatchSpec, pool: _Pool, present: Ints, clients: int, local_batches: int, uniforms: _Uniforms
+def _draw_client(
+    batch: BatchSpec, pool: _Pool, present: Ints, local_batches: int, uniforms: _Uniforms, who: str
 ) -> Ints:
-    """Return the examples of one trial, (K, S * B)."""
-    taken = np.empty((clients, local_batches, batch.size), dtype=np.int64)
-    for k in range(clients):
-        order = present[np.argsort(uniforms(len(present)), kind="stable")]
-        cdf = None if batch.alpha is None else _proportions(batch.alpha, uniforms, 1, len(present))[0].cumsum()
-        for s in range(local_batches):
-            wanted = np.full(batch.size, _ANY)
-            if batch.sampler == "unique":
-                order = present[np.argsort(uniforms(len(present)), kind="stable")]
-                wanted = order[pool.left[order] > 0][: batch.size]
-                if len(wanted) < batch.size:
-                    raise Unavailable(
-                        f"sampler unique: expected {batch.size} classes with unused examples for batch {s + 1} of "
-                        f"{local_batches} of client {k + 1} of {clients}, got {len(wanted)}; "
-                        "lower the batch size, local_steps or clients"
-                    )
-            elif batch.sampler == "unbalanced":
-                half, quarter = batch.size // 2, batch.size // 4
-                wanted[:half] = order[0]
-                wanted[half : half + quarter] = order[min(1, len(order) - 1)]
-            elif batch.sampler == "single_class":
-                wanted[:] = order[0]
-            elif batch.classes is not None:
-                wanted = order[np.arange(batch.size) % batch.classes]
-            elif cdf is not None:
-                drawn = np.searchsorted(cdf, uniforms(batch.size), side="right")
-                wanted = present[np.minimum(drawn, len(present) - 1)]
-            for i, (u, v) in enumerate(uniforms(batch.size, 2)):
-                taken[k, s, i] = pool.take(int(wanted[i]), u, v)
-    return taken.reshape(clients, -1)
+    """Return the examples of one client of a trial, (S * B,)."""
+    taken = np.empty((local_batches, batch.size), dtype=np.int64)
+    order = present[np.argsort(uniforms(len(present)), kind="stable")]
+    cdf = None if batch.alpha is None else _proportions(batch.alpha, uniforms, 1, len(present))[0].cumsum()
+    for s in range(local_batches):
+        wanted = np.full(batch.size, _ANY)
+        if batch.sampler == "unique":
+            order = present[np.argsort(uniforms(len(present)), kind="stable")]
+            wanted = order[pool.left[order] > 0][: batch.size]
+            if len(wanted) < batch.size:
+                raise Unavailable(
+                    f"sampler unique: expected {batch.size} classes with unused examples for batch {s + 1} of "
+                    f"{local_batches} of {who}, got {len(wanted)}; "
+                    "lower the batch size, local_steps or clients"
+                )
+        elif batch.sampler == "unbalanced":
+            half, quarter = batch.size // 2, batch.size // 4
+            wanted[:half] = order[0]
+            wanted[half : half + quarter] = order[min(1, len(order) - 1)]
+        elif batch.sampler == "single_class":
+            wanted[:] = order[0]
+        elif batch.classes is not None:
+            wanted = order[np.arange(batch.size) % batch.classes]
+        elif cdf is not None:
+            drawn = np.searchsorted(cdf, uniforms(batch.size), side="right")
+            wanted = present[np.minimum(drawn, len(present) - 1)]
+        for i, (u, v) in enumerate(uniforms(batch.size, 2)):
+            taken[s, i] = pool.take(int(wanted[i]), u, v)
+    return taken.reshape(-1)
 
 
 def _counts(batch: BatchSpec, prior: Floats, draws: int, local_batches: int, uniforms: _Uniforms) -> Ints:

@@ -28,6 +28,27 @@ class ClientState:
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """What T clients got in a round, one each.
+
+    Args:
+        model: The model, M = 1 or T.
+        previous: The model of the round before, or the honest global model in the first.
+        digests: Hash of the parameters that each client of the cohort got, (K,).
+        state: What they keep between rounds.
+        round_index: Index of the round.
+        client: Index of the client.
+    """
+
+    model: Model
+    previous: Model | None = None
+    digests: tuple[str, ...] = ()
+    state: ClientState = field(default_factory=ClientState)
+    round_index: int = 0
+    client: int = 0
+
+
 @dataclass(frozen=True)
 class Client:
     """One client's protocol and defense.
@@ -97,35 +118,42 @@ class Client:
             update = {**update, **state.buffers}
         return update if names is None else {name: v for name, v in update.items() if name in names}
 
-    def shown(
-        self,
-        model: Model,
-        inputs: Tensor,
-        labels: Tensor,
-        *,
-        random: TrialRandom,
-        state: ClientState,
-        round_index: int,
-        client: int,
-    ) -> dict[str, Tensor]:
-        """Return what an adversary sees of the model that T clients got, where a defense changes it; else nothing.
+    def accepts(self, received: Received, inputs: Tensor, labels: Tensor, *, random: TrialRandom) -> Tensor:
+        """Return whether T clients take part in a round, (T,) bool; see `leakbench.Defense.accept`.
 
         Args:
-            model: The model they received, M = 1 or T.
+            received: The round, and what they got.
             inputs: (T, N, *input_shape) their examples.
             labels: (T, N).
             random: Streams of the defense.
-            state: As for `update`.
-            round_index: Index of the round.
-            client: Index of the client.
+        """
+        if not self.defense.acts_in("accept"):
+            return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        ctx = self._first(received, inputs, labels, random)
+        return self.defense.accept(replace(ctx, previous=received.previous, digests=received.digests))
+
+    def shown(self, received: Received, inputs: Tensor, labels: Tensor, *, random: TrialRandom) -> dict[str, Tensor]:
+        """Return what an adversary sees of the model that T clients got, where a defense changes it; else nothing.
+
+        Args:
+            received: The round, and what they got.
+            inputs: (T, N, *input_shape) their examples.
+            labels: (T, N).
+            random: Streams of the defense.
         """
         if not self.defense.acts_in("broadcast"):
             return {}
-        index = batch_order(self.protocol, self.batch_size)[0].expand(len(labels), -1)
-        ctx = self._context(model, inputs, labels, index, random, state, (round_index, client, 0))
-        weights = {name: value.expand(len(labels), *value.shape[1:]) for name, value in model.parameters.items()}
+        ctx = self._first(received, inputs, labels, random)
+        parameters = received.model.parameters
+        weights = {name: value.expand(len(labels), *value.shape[1:]) for name, value in parameters.items()}
         shown = self.defense.tensors("broadcast", weights, ctx)
         return shown if any(shown[name] is not value for name, value in weights.items()) else {}
+
+    def _first(self, received: Received, inputs: Tensor, labels: Tensor, random: TrialRandom) -> DefenseContext:
+        """Return what hooks see before training."""
+        index = batch_order(self.protocol, self.batch_size)[0].expand(len(labels), -1)
+        moment = (received.round_index, received.client, 0)
+        return self._context(received.model, inputs, labels, index, random, received.state, moment)
 
     def _context(
         self,

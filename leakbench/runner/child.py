@@ -14,19 +14,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakbench.attack import Attack, RecoveryShape
 from leakbench.defense import DefenseChain
 from leakbench.errors import InvalidOutput, NotApplicable, NotGranted
-from leakbench.federation.aggregation import StreamedSum
-from leakbench.federation.client import Client, ClientState
+from leakbench.federation.aggregation import StreamedSum, aggregation_weights
+from leakbench.federation.client import Client, ClientState, Received
 from leakbench.federation.inputs import to_inputs
+from leakbench.federation.planting import Planted
 from leakbench.federation.statistics import batch_statistics, is_running_statistic
 from leakbench.knowledge import Facts, Knowledge
 from leakbench.models.functional import Model, build_model
+from leakbench.models.imprint import insert
 from leakbench.models.recipe import train
-from leakbench.observation import Observation, Seen
+from leakbench.observation import Cohort, Observation, Seen
 from leakbench.randomness import TrialRandom
 from leakbench.runner.loading import Local, describe, error_line, load_chain, load_entry
 from leakbench.runner.wire import Blob, ConnectionClosed, Message, receive, send
@@ -37,6 +39,8 @@ STATISTICS = "statistics/"
 """Leads the names of granted BatchNorm statistics among an update's tensors."""
 SHOWN = "shown/"
 """Leads the names of the model's tensors as an adversary sees them, where a defense changes that."""
+REFUSED = "refused/share"
+"""Names the share of a trial's clients that refused, (T,), among an update's tensors."""
 TRACEBACK_LIMIT = 4000
 
 Reply = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
@@ -91,79 +95,92 @@ def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local
 class ClientRole:
     """The clients of one block: holds victims, model and defense, returns one update per round.
 
-    The request's body holds ``protocol``, ``batch_size``, ``input_spec``, ``normalise``, ``num_classes``,
-    ``architecture``, ``defense`` (entry requests), ``names`` (tensors to send, or null), ``bn_statistics`` (which to
-    add to the update, its tensors' names led by `STATISTICS`), ``shows`` (whether to add the model as an adversary
-    sees it, led by `SHOWN`) and ``device``; its blobs are ``model``, ``victims`` (uint8 images (T, K, N, *shape),
-    labels (T, K, N)), ``seeds`` and optionally ``order``.
+    The request's body holds ``protocol``, ``batch_sizes`` (K,), ``input_spec``, ``normalise``, ``num_classes``,
+    ``architecture``, ``insert`` (null, or name and params of an inserted module), ``defense`` (entry requests),
+    ``names`` (tensors to send, or null), ``bn_statistics`` (which to add to the update, its tensors' names led by
+    `STATISTICS`), ``shows`` (whether to add the model as an adversary sees it, led by `SHOWN`) and ``device``; its
+    blobs are ``model``, ``victims`` (uint8 images (T, K, N, *shape), labels (T, K, N)), ``seeds`` and optionally
+    ``order``.
     """
 
     def __init__(self, message: Message, local: Local) -> None:
         body = message.body
         self.device = torch.device(body["device"])
         self.protocol = Protocol.model_validate_json(body["protocol"])
-        spec = InputSpec.model_validate_json(body["input_spec"])
-        self.chain = load_chain(body["defense"], local)
-        dtype = getattr(torch, self.protocol.precision)
-        self.model = _model(message, self.chain, spec.shape).to(self.device, dtype)
+        self.spec = InputSpec.model_validate_json(body["input_spec"])
+        self.normalise = bool(body["normalise"])
+        chain = load_chain(body["defense"], local)
+        self.model = _model(message, chain, self.spec.shape).to(self.device, getattr(torch, self.protocol.precision))
         victims = message.tensors("victims")
-        images = to_inputs(victims["images"].numpy(), spec, body["normalise"])
-        self.inputs = images.to(self.device, dtype)
-        self.labels = victims["labels"].to(self.device)
+        self.images, self.labels = victims["images"], victims["labels"].to(self.device)
         self.random = TrialRandom(message.tensors("seeds")["seeds"], device=self.device)
         self.order = message.tensors("order").get("order")
         self.bn_statistics = body["bn_statistics"]
         self.shows: bool = body["shows"]
         self.names = None if body["names"] is None else frozenset(body["names"])
         self.states = [ClientState() for _ in range(self.protocol.clients)]
-        self.client = Client(self.protocol, body["batch_size"], self.chain)
+        self.clients = [Client(self.protocol, size, chain) for size in body["batch_sizes"]]
+        sizes = [size * self.protocol.local_batches for size in body["batch_sizes"]]
+        self.sizes, self.weights = sizes, aggregation_weights(self.protocol, sizes)
+        self.previous: Planted | None = None
 
     def round(self, message: Message) -> Reply:
         """One round: every client's update, summed where the protocol aggregates."""
-        dtype = self.model.dtype
-        planted = {name: tensor.to(self.device, dtype) for name, tensor in message.tensors("planted").items()}
-        total = StreamedSum(self.protocol.clients)
+        planted = Planted(self.model, message.tensors("planted"), self.protocol.clients)
+        total, refused = StreamedSum(self.weights), torch.zeros(len(self.labels), device=self.device)
         for k in range(self.protocol.clients):
-            own = {name: tensor[k : k + 1] if len(tensor) > 1 else tensor for name, tensor in planted.items()}
-            model = self.model.with_state(parameters=own) if own else self.model
-            update = self.client.update(
-                model,
-                self.inputs[:, k],
-                self.labels[:, k],
-                random=self.random,
-                state=self.states[k],
-                names=self.names,
-                order=None if self.order is None else self.order[:, k],
-                round_index=message.body["round"],
-                client=k,
-            )
-            update |= {f"{STATISTICS}{n}": v for n, v in self._statistics(model, k).items()}
-            if self.shows:
-                shown = self.client.shown(
-                    model,
-                    self.inputs[:, k],
-                    self.labels[:, k],
-                    random=self.random,
-                    state=self.states[k],
-                    round_index=message.body["round"],
-                    client=k,
-                )
-                update |= {f"{SHOWN}{n}": v for n, v in shown.items()}
-            total.add({name: tensor.detach() for name, tensor in update.items()})
+            sent, accepted = self._client(planted, k, message.body["round"])
+            refused += ~accepted / self.protocol.clients
+            total.add({name: tensor.detach() for name, tensor in sent.items()})
+        self.previous = planted
         trials = self.labels.shape[0]
-        sent = {n: v.expand(trials, *v.shape[1:]).to("cpu") for n, v in total.mean().items()}
-        return "update", {}, {"update": sent}
+        update = {n: v.expand(trials, *v.shape[1:]).to("cpu") for n, v in total.mean().items()}
+        return "update", {}, {"update": update | {REFUSED: refused.to("cpu")}}
 
-    def _statistics(self, model: Model, client: int) -> dict[str, Tensor]:
+    def _client(self, planted: Planted, k: int, round_index: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what one client of every trial sends, zeros where it refuses, and whether it accepts, (T,)."""
+        client, model = self.clients[k], planted.model_of(k)
+        inputs = to_inputs(self.images[:, k, : self.sizes[k]].numpy(), self.spec, self.normalise)
+        inputs, labels = inputs.to(self.device, self.model.dtype), self.labels[:, k, : self.sizes[k]]
+        received = Received(
+            model=model,
+            previous=self.model if self.previous is None else self.previous.model_of(k),
+            digests=planted.digests if client.defense.acts_in("accept") else (),
+            state=self.states[k],
+            round_index=round_index,
+            client=k,
+        )
+        order = None if self.order is None else self.order[:, k]
+        accepted = client.accepts(received, inputs, labels, random=self.random)
+        update = client.update(
+            model,
+            inputs,
+            labels,
+            random=self.random,
+            state=received.state,
+            names=self.names,
+            order=order,
+            round_index=round_index,
+            client=k,
+        )
+        update |= {f"{STATISTICS}{n}": v for n, v in self._statistics(model, k, inputs, order).items()}
+        if not bool(accepted.all()):
+            silent = {n: v.expand(len(labels), *v.shape[1:]) for n, v in update.items()}
+            update = {n: torch.where(accepted.view(-1, *(1,) * (v.dim() - 1)), v, 0) for n, v in silent.items()}
+        if self.shows:
+            shown = client.shown(received, inputs, labels, random=self.random)
+            update |= {f"{SHOWN}{n}": v for n, v in shown.items()}
+        return update, accepted
+
+    def _statistics(self, model: Model, k: int, inputs: Tensor, order: Tensor | None) -> dict[str, Tensor]:
         """Return the BatchNorm statistics of one client that the threat model grants beyond the server's own."""
         if self.bn_statistics == "exact_batch":
-            first = self.inputs[:, client, : self.client.batch_size]
-            if self.order is not None:
-                rows = torch.arange(len(self.inputs))[:, None]
-                first = self.inputs[:, client][rows, self.order[:, client, 0]]
+            first = inputs[:, : self.clients[k].batch_size]
+            if order is not None:
+                first = inputs[torch.arange(len(inputs))[:, None], order[:, 0]]
             return batch_statistics(model, first)
         if self.bn_statistics == "updated_running":
-            return {n: v for n, v in self.states[client].buffers.items() if is_running_statistic(n)}
+            return {n: v for n, v in self.states[k].buffers.items() if is_running_statistic(n)}
         return {}
 
 
@@ -171,7 +188,7 @@ class AttackRole:
     """One attack on one block: holds what the threat model grants and nothing else.
 
     The request's body holds ``facts``, ``attack`` and ``defense`` (entry requests; the latter null when withheld),
-    ``architecture``, ``num_classes`` and ``device``; its blobs are ``seeds`` and, where granted, ``model``,
+    ``architecture``, ``insert``, ``num_classes`` and ``device``; its blobs are ``seeds`` and, where granted, ``model``,
     ``auxiliary``, ``labels``, ``order``, ``prepared``.
     """
 
@@ -201,7 +218,7 @@ class AttackRole:
         if auxiliary:
             inputs = to_inputs(auxiliary["images"].numpy(), facts.input_spec, facts.normalised)
             self.knowledge["auxiliary"] = (inputs.to(self.device, dtype), auxiliary["labels"].to(self.device))
-        self.honest = self.knowledge["model"]
+        self.planted: list[Planted] = []
         self.labels = message.tensors("labels").get("labels")
         self.order = message.tensors("order").get("order")
         self.prepared = {name: t.to(self.device) for name, t in message.tensors("prepared").items()}
@@ -220,14 +237,11 @@ class AttackRole:
     def plant(self, message: Message) -> Reply:
         """Run `Attack.plant`."""
         updates, _, _ = self._updates(message)
-        result = self.attack.plant(self.honest, self.shape.clients, updates)
+        model = self.knowledge["model"]
+        result = self.attack.plant(model, Cohort(self.prepared, **self.knowledge), updates)
         if not isinstance(result, dict) or not all(isinstance(v, Tensor) for v in result.values()):
             raise InvalidOutput("plant() must return a dict of tensors")
-        model = self.knowledge["model"]
-        if all(name in model.parameters and len(v) == 1 for name, v in result.items()):
-            # From here on the attack's `model` is the one that the clients get; with several, it keeps the honest one.
-            changed = {name: v.to(self.device, self.dtype) for name, v in result.items()}
-            self.knowledge["model"] = self.honest.with_state(parameters=changed)
+        self.planted.append(Planted(model, result, self.shape.clients))
         return "planted", {}, {"planted": {name: v.detach().cpu() for name, v in result.items()}}
 
     def run(self, message: Message) -> Reply:
@@ -235,7 +249,14 @@ class AttackRole:
         updates, statistics, shown = self._updates(message)
         if shown and self.knowledge["model"] is not None:
             self.knowledge["model"] = self.knowledge["model"].with_state(parameters=shown)
-        seen = Seen(updates, _to(self.labels, self.device), _to(self.order, self.device), self.prepared, statistics)
+        seen = Seen(
+            updates,
+            labels=_to(self.labels, self.device),
+            order=_to(self.order, self.device),
+            prepared=self.prepared,
+            statistics=statistics,
+            planted=self.planted,
+        )
         observation = Observation(seen, **self.knowledge)
         recovery = self.shape.check(self.attack.run(observation), type(self.attack).recovers)
         evaluations = recovery.model_evaluations
@@ -249,7 +270,8 @@ class AttackRole:
         for name in names:
             sent = {k: v.to(self.device, self.dtype) for k, v in message.tensors(name).items()}
             statistics, shown = (_led(sent, lead) for lead in (STATISTICS, SHOWN))
-            updates.append({k: v for k, v in sent.items() if not k.startswith((STATISTICS, SHOWN))})
+            hidden = (STATISTICS, SHOWN, REFUSED)
+            updates.append({k: v for k, v in sent.items() if not k.startswith(hidden)})
         return updates, statistics, shown
 
 
@@ -299,7 +321,12 @@ def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 def _model(message: Message, chain: DefenseChain, input_shape: tuple[int, ...]) -> Model:
     architecture = Architecture.model_validate_json(message.body["architecture"])
-    transform = chain.model if chain.acts_in("model") else None
+    inserted = message.body["insert"]
+
+    def transform(module: nn.Module) -> nn.Module:
+        module = chain.model(module)
+        return module if inserted is None else insert(module, inserted["name"], input_shape, inserted["params"])
+
     state = message.tensors("model")
     return build_model(architecture, input_shape, message.body["num_classes"], state=state, transform=transform)
 
@@ -310,6 +337,7 @@ def _facts(body: Mapping[str, Any]) -> Facts:
             **body,
             "granted": frozenset(body["granted"]),
             "protocol": Protocol.model_validate_json(body["protocol"]),
+            "client_sizes": None if body["client_sizes"] is None else tuple(body["client_sizes"]),
             "input_spec": InputSpec.model_validate_json(body["input_spec"]),
             "class_prior": None if body["class_prior"] is None else tuple(body["class_prior"]),
         }

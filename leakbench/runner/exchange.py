@@ -16,7 +16,7 @@ from leakbench.errors import InvalidOutput, NotApplicable
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.provenance import code_sha256
 from leakbench.runner.artefacts import Artefact
-from leakbench.runner.child import SHOWN, STATISTICS
+from leakbench.runner.child import REFUSED, SHOWN, STATISTICS
 from leakbench.runner.children import Child
 from leakbench.runner.grant import granted_facts, read_names
 from leakbench.runner.plan import Job
@@ -117,11 +117,12 @@ class Exchange:
             blobs["order"] = Blob.pack({"order": self.order})
         body = {
             "protocol": task.protocol.model_dump_json(),
-            "batch_size": task.batch.size,
+            "batch_sizes": [size // task.protocol.local_batches for size in task.client_sizes],
             "input_spec": self.data.input_spec.model_dump_json(),
             "normalise": task.normalise,
             "num_classes": self.data.num_classes,
             "architecture": task.architecture.model_dump_json(),
+            "insert": self.shop.insertion(job),
             "defense": [self.shop.request(part) for part in job.defense],
             "names": self.names,
             "bn_statistics": task.threat_model.bn_statistics,
@@ -155,6 +156,7 @@ class Exchange:
         state = {**self.weights.parameters, **self.weights.buffers}
         trials = len(self.job.trials)
         expected = {name: (trials, *state[name].shape[1:]) for name in self.names}
+        expected[REFUSED] = (trials,)
         if self.task.threat_model.bn_statistics in ("updated_running", "exact_batch"):
             running = {name: value for name, value in self.weights.buffers.items() if is_running_statistic(name)}
             expected |= {f"{STATISTICS}{name}": (trials, *value.shape[1:]) for name, value in running.items()}
@@ -169,6 +171,7 @@ class Exchange:
             for name, tensor in tensors.items():
                 if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                     raise InvalidOutput(f"the update's {name!r} is not finite")
+        self.outcome.refused = tensors[REFUSED].clamp(0, 1)
         return message.blobs["update"]
 
     def _attack_child(self, prepared: Mapping[str, Blob], *, preparing: bool) -> Child:
@@ -201,12 +204,13 @@ class Exchange:
             "attack": self.shop.request(job.attack),
             "defense": [self.shop.request(part) for part in job.defense] if threat.defense else None,
             "architecture": task.architecture.model_dump_json(),
+            "insert": self.shop.insertion(job),
             "num_classes": self.data.num_classes,
             "device": self.shop.device,
             "shape": {
                 "trials": len(trials),
                 "clients": task.protocol.clients,
-                "inputs_per_client": task.inputs_per_client if threat.batch_size else 1 << 12,
+                "inputs": sum(task.client_sizes) if threat.batch_size else task.protocol.clients << 12,
                 "num_classes": self.data.num_classes,
             },
         }
@@ -260,6 +264,8 @@ class Exchange:
         """Get the parameters that a malicious server replaces, and check that it may."""
         parameters, threat = self.weights.parameters, self.task.threat_model
         history = {f"update{i}": blob for i, blob in enumerate(updates)}
+        clients = self.task.protocol.clients
+        several = clients if clients > 1 else len(self.job.trials)
         message = ask(
             attack,
             "plant",
@@ -267,17 +273,19 @@ class Exchange:
             history,
             expect="planted",
             seconds=self._attack_seconds(),
-            limit=self.weights.numel(parameters) * 8 * self.task.protocol.clients + SLACK_BYTES,
+            limit=self.weights.numel(parameters) * 8 * several + SLACK_BYTES,
             who="attack.plant",
         )
-        leading = {1, self.task.protocol.clients} if threat.per_client else {1}
+        leading = {1, several} if threat.per_client else {1}
         with blaming("attack.plant"):
-            for name, tensor in message.tensors("planted").items():
+            planted = message.tensors("planted")
+            for name, tensor in planted.items():
                 if name not in parameters or tensor.shape[1:] != parameters[name].shape[1:]:
                     raise InvalidOutput(f"{name!r} with shape {tuple(tensor.shape)} is no model parameter")
                 if tensor.shape[0] not in leading or not bool(torch.isfinite(tensor).all()):
-                    raise InvalidOutput(f"{name!r} must be finite with a leading dimension in {leading}")
-            return message.blobs["planted"]
+                    raise InvalidOutput(f"{name!r} must be finite with a leading dimension in {sorted(leading)}")
+        self.outcome.planted.append(planted)
+        return message.blobs["planted"]
 
     def _recover(self, attack: Child, updates: list[Blob]) -> None:
         job, task = self.job, self.task
@@ -298,7 +306,7 @@ class Exchange:
         shape = RecoveryShape(
             trials=len(job.trials),
             clients=task.protocol.clients,
-            inputs_per_client=task.inputs_per_client,
+            inputs=sum(task.client_sizes),
             num_classes=self.data.num_classes,
             input_shape=self.data.input_spec.shape,
         )
@@ -318,7 +326,7 @@ class Exchange:
 
     def _recovery_limit(self) -> int:
         clients = self.task.protocol.clients
-        inputs = clients * self.task.inputs_per_client
+        inputs = sum(self.task.client_sizes)
         numbers = clients * self.data.num_classes + inputs * self.data.images[0].size + 256
         return 8 * len(self.job.trials) * int(numbers) + SLACK_BYTES
 

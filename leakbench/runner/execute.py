@@ -137,7 +137,7 @@ class Runner:
             trained = job.task.stage not in ("untrained", "pretrained")
             # What is asked does not depend on training, which may take minutes.
             task = job.task.model_copy(update={"stage": "untrained"}) if trained else job.task
-            weights = self._shop.scenes.weights(task, "one", [0])
+            weights = self._shop.inserted(job, self._shop.scenes.weights(task, "one", [0]))
         except Unavailable as error:
             return str(error)
         self._check_memory(job, weights)
@@ -189,6 +189,8 @@ class Runner:
             output = error.output
         except InvalidOutput as error:
             outcome.fail("invalid", str(error))
+        if outcome.planted and victims is not None and weights is not None:
+            outcome.stealth = self._shop.stealth(job, weights, victims, outcome.planted)
         if self._shop.closed:
             raise LeakbenchError(f"{job.label}: the runner was closed before the job was done")
         rows = job_rows(job, outcome, self._shop.scenes, victims, weights, self._columns(outcome))

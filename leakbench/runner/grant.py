@@ -47,6 +47,7 @@ def granted_facts(
     """Return the JSON of `leakbench.knowledge.Facts`, with everything withheld left out."""
     threat, protocol = task.threat_model, task.protocol
     withheld: dict[str, Any] = {}
+    mean = sum(task.client_sizes) / protocol.clients
     if not threat.lr:
         withheld |= {"lr": Protocol().lr, "momentum": 0.0, "weight_decay": 0.0}
     if not threat.local_steps:
@@ -58,8 +59,9 @@ def granted_facts(
         "normalised": task.normalise,
         "num_classes": data.num_classes,
         "clients": protocol.clients,
-        "batch_size": task.batch.size if threat.batch_size else None,
-        "inputs_per_client": task.inputs_per_client if threat.batch_size else None,
+        "batch_size": math.ceil(mean / protocol.local_batches) if threat.batch_size else None,
+        "inputs_per_client": math.ceil(mean) if threat.batch_size else None,
+        "client_sizes": task.client_sizes if threat.batch_size else None,
         "class_prior": data.class_prior().tolist() if threat.label_prior else None,
         "wall_seconds": wall_seconds,
         "model_evaluations": model_evaluations,

@@ -16,7 +16,8 @@ from typing import Any
 from leakbench.attack import NEEDS, Attack
 from leakbench.defense import HOOKS, Defense, DefenseChain
 from leakbench.entry import Entry
-from leakbench.errors import InvalidOutput, LeakbenchError
+from leakbench.errors import InvalidOutput, LeakbenchError, unknown
+from leakbench.models.imprint import IMPRINTS
 
 Local = Mapping[str, Entry]
 """Instances by token, for entries without a file (isolation ``none`` only)."""
@@ -124,6 +125,10 @@ def describe_class(cls: type[Entry], kind: str, name: str) -> dict[str, Any]:
         recovers, needs = frozenset(getattr(cls, "recovers", ())), frozenset(cls.needs)
         if not recovers or recovers - {"labels", "inputs"}:
             raise InvalidOutput(f"recovers: expected a set out of 'labels' and 'inputs', got {set(recovers)}")
+        if cls.inserts is not None and cls.inserts not in IMPRINTS:
+            raise InvalidOutput(str(unknown("imprint module", cls.inserts, IMPRINTS)))
+        if cls.inserts is not None and "change_architecture" not in needs:
+            raise InvalidOutput(f"inserts {cls.inserts!r}: expected 'change_architecture' in needs; add it")
         if needs - NEEDS:
             raise InvalidOutput(f"needs: {sorted(needs - NEEDS)} is unknown; known: {sorted(NEEDS)}")
         described |= {
@@ -133,6 +138,7 @@ def describe_class(cls: type[Entry], kind: str, name: str) -> dict[str, Any]:
             "reads": list(cls.reads),
             "prepares": cls.prepare is not Attack.prepare,
             "plants": cls.plant is not Attack.plant,
+            "inserts": cls.inserts,
         }
     elif issubclass(cls, Defense):
         described["acts_on"] = [hook for hook in HOOKS if getattr(cls, hook) is not getattr(Defense, hook)]

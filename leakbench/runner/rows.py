@@ -40,6 +40,9 @@ class Outcome:
         isolation: What confined the children.
         update_bytes: Most bytes that an update may have.
         model_shown: What the adversary sees of the model: ``sent`` or ``defended``.
+        refused: (T,) share of a trial's clients that refused in the last round.
+        planted: Parameters that were replaced, per round; see `leakbench.Attack.plant`.
+        stealth: See `leakbench.runner.stealth.stealth_columns`; empty where nothing was planted.
     """
 
     status: str
@@ -52,6 +55,9 @@ class Outcome:
     isolation: dict[str, Any] = field(default_factory=dict)
     update_bytes: int = 0
     model_shown: str = SENT
+    refused: Tensor | None = None
+    planted: list[dict[str, Tensor]] = field(default_factory=list)
+    stealth: dict[str, Any] = field(default_factory=dict)
 
     def fail(self, status: str, error: str) -> None:
         """Note why there is no recovery; the text may come from an entry."""
@@ -84,6 +90,7 @@ def job_rows(
         "block_stop": job.stop,
         "model_draws": job.model_draws,
         "model_shown": outcome.model_shown,
+        "inserted": weights.inserted or None if weights is not None else None,
         "threads": job.threads,
         "status": outcome.status,
         "error": outcome.error,
@@ -122,6 +129,13 @@ def job_rows(
             scores = _image_scores(job, outcome.recovery, scenes, victims, measures)
         columns |= {name: values.tolist() for name, values in scores.items()}
     recovery = outcome.recovery
+    if outcome.refused is not None:
+        columns["refused"] = outcome.refused.tolist()
+    for name, value in outcome.stealth.items():
+        if isinstance(value, Tensor):
+            columns[name] = value.tolist()
+        else:
+            fixed[name] = value
     if recovery is not None:
         fixed["model_evaluations"] = recovery.model_evaluations
         if recovery.notes:
@@ -148,8 +162,8 @@ def _entry(kind: str, chain: Sequence[EntrySpec]) -> dict[str, Any]:
 
 def _counts(victims: Victims, classes: int) -> Tensor:
     """Return the true label counts (T, K, C)."""
-    labels = torch.tensor(victims.labels)
-    return torch.nn.functional.one_hot(labels, classes).sum(2)
+    labels = torch.tensor(victims.labels) + 1  # 0: an example that a smaller client of the cohort lacks
+    return torch.nn.functional.one_hot(labels, classes + 1).sum(2)[..., 1:]
 
 
 def _label_scores(job: Job, recovery: Recovery | None, scenes: Scenes, counts: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from leakbench.data import Dataset, Victims, draw_label_counts, draw_victims, load_dataset
@@ -25,7 +26,7 @@ from leakbench.metrics.perceptual import FeatureDistance
 from leakbench.models.functional import build_model, flat_state, split_state
 from leakbench.models.stages import DRAWS, checkpoint, checkpoint_at_hand
 from leakbench.runner.wire import Blob
-from leakbench.tasks import Architecture, Task
+from leakbench.tasks import Architecture, BatchSpec, Task
 
 V = TypeVar("V")
 
@@ -64,6 +65,7 @@ class Weights:
         sha256: Sha256 of every draw's weights, length M.
         origin: ``init``, ``official``, ``local`` or ``pretrained``.
         draws: Number of the draw behind each of the M.
+        inserted: Name of the module that an attack has inserted in front; empty for none.
     """
 
     parameters: dict[str, Tensor]
@@ -73,6 +75,7 @@ class Weights:
     sha256: tuple[str, ...]
     origin: str
     draws: tuple[int, ...]
+    inserted: str = ""
 
     @cached_property
     def blob(self) -> Blob:
@@ -272,26 +275,29 @@ class Scenes:
         """
         data, protocol = self.dataset(task), task.protocol
         prior = data.class_prior()
-        clients = protocol.clients if union else 1
-        count = task.inputs_per_client * clients
+        sizes = Counter(task.batch.of_client(k) for k in range(protocol.clients))
+
+        def draw(batch: BatchSpec, clients: int) -> NDArray[np.int64]:
+            batches = protocol.local_batches
+            return draw_label_counts(
+                batch, prior, clients=clients, local_batches=batches, draws=CHANCE_DRAWS, key=PUBLIC_KEY
+            )
 
         def compute() -> dict[str, float]:
-            draws = draw_label_counts(
-                task.batch,
-                prior,
-                clients=clients,
-                local_batches=protocol.local_batches,
-                draws=CHANCE_DRAWS,
-                key=PUBLIC_KEY,
-            )
-            return label_chance(draws, prior, count)
+            if union:
+                counts = [draw(batch, clients) for batch, clients in sizes.items()]
+                return label_chance(np.sum(counts, axis=0), prior, sum(task.client_sizes))
+            levels = [label_chance(draw(batch, 1), prior, batch.size * protocol.local_batches) for batch in sizes]
+            weights = np.array(list(sizes.values())) / protocol.clients
+            return {name: float(weights @ [level[name] for level in levels]) for name in levels[0]}
 
-        return self._chances.get((data.fingerprint, task.batch, protocol.local_batches, clients), compute)
+        clients = protocol.clients
+        return self._chances.get((data.fingerprint, task.batch, protocol.local_batches, clients, union), compute)
 
     def floors(self, task: Task, trials: Sequence[int]) -> dict[str, Tensor]:
-        """Return the images that need no update: uniform noise (T, K * N, *shape) and the mean image (1, 1, *shape)."""
+        """Return the images that need no update: uniform noise (T, n, *shape) and the mean image (1, 1, *shape)."""
         data = self.dataset(task)
-        shape = (task.protocol.clients * task.inputs_per_client, *data.input_spec.shape)
+        shape = (sum(task.client_sizes), *data.input_spec.shape)
         noise = torch.empty(len(trials), *shape)
         for row, trial in zip(noise, trials, strict=True):
             row.uniform_(generator=torch.Generator().manual_seed(seed(PUBLIC_KEY, "floor", shape, trial)))
@@ -307,7 +313,9 @@ class Scenes:
         """Return the measure that looks for the victims among the first examples of the private split."""
         data = self.dataset(task)
         rows = data.rows("private")[:GALLERY]
-        return Identification(data.images[rows], rows, victims.indices.reshape(len(victims.indices), -1))
+        return Identification(
+            data.images[rows], rows, victims.indices.reshape(len(victims.indices), -1)[:, victims.held]
+        )
 
     def judge(self, task: Task) -> Judge | None:
         """Return the first of `JUDGES` of another architecture whose converged weights are at hand; looks once."""
@@ -336,8 +344,9 @@ def pixels(inputs: Tensor, task: Task, data: Dataset) -> Tensor:
 
 
 def true_pixels(task: Task, victims: Victims, data: Dataset) -> Tensor:
-    """Return the victims as intensities (T, K * N, *shape), gone the way that what is recovered goes."""
-    return pixels(to_inputs(victims.inputs, data.input_spec, task.normalise), task, data).flatten(1, 2)
+    """Return the victims as intensities (T, n, *shape), all clients' together, gone the way of what is recovered."""
+    inputs = victims.inputs.reshape(len(victims.inputs), -1, *data.input_spec.shape)[:, victims.held]
+    return pixels(to_inputs(inputs, data.input_spec, task.normalise), task, data)
 
 
 def _hashes(tensors: dict[str, Tensor], draws: int) -> tuple[str, ...]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from leakbench.data import Victims
 from leakbench.entries import EntrySpec
 from leakbench.errors import InvalidOutput
 from leakbench.keys import Season
+from leakbench.models.functional import build_model, flat_state
+from leakbench.models.imprint import IMPRINTS, insert
 from leakbench.provenance import code_sha256
 from leakbench.runner.artefacts import Artefact, Artefacts
 from leakbench.runner.children import Child, ChildFailed
@@ -22,6 +28,7 @@ from leakbench.runner.grant import granted_state
 from leakbench.runner.isolate import ChildServer, Level
 from leakbench.runner.plan import Job
 from leakbench.runner.scene import Built, Kept, Scenes, Weights
+from leakbench.runner.stealth import stealth_columns
 from leakbench.runner.wire import Blob, Message
 from leakbench.tasks import Task, content_hash
 
@@ -65,6 +72,7 @@ class Workshop:
         self._files = sorted({path.resolve() for path in files})
         self._local = dict(local)
         self._granted = Kept(4)
+        self._inserted = Kept(2)
         self._lock = threading.Lock()
         self.closed = False
         self._server = self._new_server()
@@ -100,9 +108,56 @@ class Workshop:
         """Return the model as the threat model grants it."""
         if task.threat_model.bn_statistics != "none" or not weights.buffers:
             return weights.blob
-        return self._granted.get(weights.digest, lambda: Blob.pack(granted_state(task, weights)))
+        key = (weights.digest, weights.inserted, weights.numel(weights.parameters))
+        return self._granted.get(key, lambda: Blob.pack(granted_state(task, weights)))
+
+    def insertion(self, job: Job) -> dict[str, Any] | None:
+        """Return name and params of the module that the attack has inserted, where the threat model lets it."""
+        name = job.attack.description.inserts
+        if name is None or not job.task.threat_model.change_architecture:
+            return None
+        known = {**job.attack.params, "clients": job.task.protocol.clients}
+        takes = [each for each in inspect.signature(IMPRINTS[name]).parameters if each in known]
+        return {"name": name, "params": {each: known[each] for each in takes}}
 
     def weights(self, job: Job) -> Weights:
+        """Return the model of a block as the server holds it, with the module that the attack has inserted."""
+        return self.inserted(job, self._weights(job))
+
+    def inserted(self, job: Job, weights: Weights) -> Weights:
+        """Return ``weights`` with the tensors, not yet planted, of the module that the attack has inserted."""
+        insertion = self.insertion(job)
+        if insertion is None:
+            return weights
+        shape, draws = self.scenes.dataset(job.task).input_spec.shape, len(weights.draws)
+
+        def extend() -> Weights:
+            module = insert(nn.Identity(), insertion["name"], shape, insertion["params"])
+            own = {name: value.detach().expand(draws, *value.shape) for name, value in module.named_parameters()}
+            return replace(weights, parameters={**weights.parameters, **own}, inserted=insertion["name"])
+
+        return self._inserted.get((weights.digest, content_hash(insertion), shape), extend)
+
+    def stealth(
+        self, job: Job, weights: Weights, victims: Victims, planted: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Any]:
+        """Return what clients could notice of a planted model; nothing where a defense changed the architecture.
+
+        No code of a defense runs in this process, so such a net cannot be built here.
+        """
+        if any("model" in part.description.acts_on for part in job.defense):
+            return {}
+        data, insertion = self.scenes.dataset(job.task), self.insertion(job)
+
+        def transform(module: nn.Module) -> nn.Module:
+            return module if insertion is None else insert(module, insertion["name"], shape, insertion["params"])
+
+        shape, precision = data.input_spec.shape, getattr(torch, job.task.protocol.precision)
+        state = flat_state(weights.parameters, weights.buffers)
+        model = build_model(job.task.architecture, shape, data.num_classes, state=state, transform=transform)
+        return stealth_columns(job.task, model.to(dtype=precision), victims, data, planted)
+
+    def _weights(self, job: Job) -> Weights:
         """Return the model of a block; a defense that changes the architecture does so in a child."""
         changing = [part for part in job.defense if "model" in part.description.acts_on]
         if not changing:

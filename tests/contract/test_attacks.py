@@ -17,7 +17,7 @@ PROTOCOLS = [pytest.param(block, id=name) for name, block in tiny.PROTOCOLS.item
 
 def supported(cls, block):
     """Whether the facts of the task suit the attack; the planner asks the same before it runs anything."""
-    single = block.shape.inputs_per_client * block.shape.clients == 1
+    single = block.shape.inputs == 1
     return single or "single_example" not in cls.needs
 
 

@@ -67,9 +67,13 @@ class Tiny:
     architecture: Architecture = MLP
 
     @property
+    def inputs_per_client(self):
+        return self.batch * self.protocol.local_batches
+
+    @property
     def shape(self):
-        per_client = self.batch * self.protocol.local_batches
-        return RecoveryShape(len(self.trials), self.protocol.clients, per_client, 10, SPEC.shape)
+        clients = self.protocol.clients
+        return RecoveryShape(len(self.trials), clients, clients * self.inputs_per_client, 10, SPEC.shape)
 
     @property
     def model(self):
@@ -79,7 +83,7 @@ class Tiny:
     @property
     def victims(self):
         images, labels = digits()
-        inputs = self.shape.inputs_per_client
+        inputs = self.inputs_per_client
         picks = torch.stack(
             [torch.randint(0, 1000, (self.protocol.clients, inputs), generator=_stream(t)) for t in self.trials]
         )
@@ -93,7 +97,7 @@ class Tiny:
     def update(self, *, defense=None, names=None):
         images, labels = self.victims
         client = Client(self.protocol, self.batch, DefenseChain([defense] if defense else []))
-        total = StreamedSum(self.protocol.clients)
+        total = StreamedSum((1,) * self.protocol.clients)
         for k in range(self.protocol.clients):
             random = self.random(1)
             total.add(client.update(self.model, images[:, k], labels[:, k], random=random, client=k, names=names))
@@ -110,7 +114,7 @@ class Tiny:
             num_classes=10,
             clients=self.protocol.clients,
             batch_size=self.batch if "batch_size" in granted else None,
-            inputs_per_client=self.shape.inputs_per_client if "batch_size" in granted else None,
+            inputs_per_client=self.inputs_per_client if "batch_size" in granted else None,
             class_prior=(0.1,) * 10 if "label_prior" in granted else None,
             model_evaluations=BUDGET,
             target=target,

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 from leakbench import Observation
 from leakbench.defense import DefenseChain
-from leakbench.federation.client import Client, ClientState
+from leakbench.federation.client import Client, ClientState, Received
 from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen
@@ -52,7 +52,7 @@ def observe(
     random = TrialRandom(torch.arange(trials * 32).reshape(trials, 32).to(torch.uint8))
     client = Client(protocol, batch, DefenseChain([defense] if defense else []))
     state = ClientState()
-    shown = client.shown(model, inputs, classes, random=random, state=state, round_index=0, client=0)
+    shown = client.shown(Received(model=model, state=state), inputs, classes, random=random)
     update = client.update(model, inputs, classes, random=random, state=state)
     facts = Facts(
         granted=ThreatModel(labels=labels, **dict.fromkeys(withheld, False)).granted(),

@@ -338,7 +338,7 @@ def test_a_streamed_sum_is_the_mean_of_what_was_added_and_keeps_its_inputs(clien
     stream = torch.Generator().manual_seed(1)
     updates = [{"a": torch.randn(T, 2, generator=stream), "n": torch.tensor([k, 1, 2])} for k in range(clients)]
     copies = [{name: value.clone() for name, value in update.items()} for update in updates]
-    total = StreamedSum(clients)
+    total = StreamedSum((1,) * clients)
     for update in updates:
         total.add(update)
     mean = total.mean()

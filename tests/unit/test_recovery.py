@@ -11,7 +11,7 @@ from leakbench.attack import TRACE_LIMIT, RecoveryShape
 from leakbench.errors import InvalidOutput
 
 T, K, N, C = 3, 2, 4, 5
-SHAPE = RecoveryShape(trials=T, clients=K, inputs_per_client=N, num_classes=C, input_shape=(1, 2, 2))
+SHAPE = RecoveryShape(trials=T, clients=K, inputs=K * N, num_classes=C, input_shape=(1, 2, 2))
 BOTH = frozenset({"labels", "inputs"})
 
 
