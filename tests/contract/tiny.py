@@ -6,19 +6,21 @@ import importlib
 import inspect
 import pkgutil
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import leakbench_baselines
 import torch
 from sklearn.datasets import load_digits
 
-from leakbench import Attack, Defense, Knowledge, NotApplicable, NotGranted, Observation
+from leakbench import Attack, Cohort, Defense, Knowledge, NotApplicable, NotGranted, Observation
 from leakbench.attack import FACTS, RecoveryShape
 from leakbench.defense import DefenseChain
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client
+from leakbench.federation.planting import Planted
 from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
+from leakbench.models.imprint import IMPRINTS, insert
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.runner.grant import read_names
@@ -26,6 +28,13 @@ from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
 
 TRIALS = 4
 AUXILIARY = 60
+MALICIOUS = ThreatModel(
+    adversary="malicious_server",
+    change_parameters=True,
+    per_client=True,
+    change_architecture=True,
+    auxiliary=AUXILIARY,
+)
 BUDGET = 6
 SPEC = InputSpec(shape=(1, 8, 8), mean=(0.3,), std=(0.4,))
 MLP = Architecture(name="mlp", params={"width": 12, "depth": 1})
@@ -63,7 +72,7 @@ class Tiny:
     batch: int
     own_models: bool = False
     trials: tuple[int, ...] = tuple(range(TRIALS))
-    granted: frozenset[str] = ThreatModel(auxiliary=AUXILIARY).granted()
+    granted: frozenset[str] = MALICIOUS.granted()
     architecture: Architecture = MLP
 
     @property
@@ -80,6 +89,36 @@ class Tiny:
         draws = self.trials if self.own_models else (0,)
         return build_model(self.architecture, SPEC.shape, 10, seeds=[70 + t for t in draws]).to(dtype=torch.float64)
 
+    def with_inserted(self, attack):
+        """Return the model with the module that the attack has inserted, all zeros, where it may."""
+        if attack.inserts is None:
+            return self.model
+        if "change_architecture" not in self.granted:
+            raise NotApplicable("change_architecture is not granted")
+        takes = inspect.signature(IMPRINTS[attack.inserts]).parameters
+        params = {k: v for k, v in {**attack.params(), "clients": self.protocol.clients}.items() if k in takes}
+        module = insert(torch.nn.Identity(), attack.inserts, SPEC.shape, params)
+        own = {f"parameter/{n}": v.detach().double()[None] for n, v in module.named_parameters()}
+        state = self.model.tensors() | {n: v.expand(self.model.draws, *v.shape[1:]) for n, v in own.items()}
+        transform = partial(insert, name=attack.inserts, input_shape=SPEC.shape, params=params)
+        return build_model(self.architecture, SPEC.shape, 10, state=state, transform=transform)
+
+    def planted(self, attack, model, prepared, history, knowledge):
+        """Have the attack plant, and refuse what the harness refuses."""
+        if type(attack).plant is Attack.plant:
+            return Planted(model, {}, self.protocol.clients)
+        if "change_parameters" not in self.granted:
+            raise NotApplicable("change_parameters is not granted")
+        tensors = attack.plant(model, Cohort(prepared, **knowledge), history)
+        several = self.protocol.clients if self.protocol.clients > 1 else len(self.trials)
+        for name, value in tensors.items():
+            assert value.shape[1:] == model.parameters[name].shape[1:], name
+            assert torch.isfinite(value).all(), name
+            assert len(value) in (1, several), name
+            if len(value) > 1 and "per_client" not in self.granted:
+                raise NotApplicable("per_client is not granted")
+        return Planted(model, tensors, self.protocol.clients)
+
     @property
     def victims(self):
         images, labels = digits()
@@ -94,16 +133,18 @@ class Tiny:
         seeds = [torch.randint(0, 256, (32,), generator=_stream(hash((purpose, t)))) for t in trials]
         return TrialRandom(torch.stack(seeds).to(torch.uint8))
 
-    def update(self, *, defense=None, names=None):
+    def update(self, *, defense=None, names=None, planted=None):
         images, labels = self.victims
+        planted = planted or Planted(self.model, {}, self.protocol.clients)
         client = Client(self.protocol, self.batch, DefenseChain([defense] if defense else []))
         total = StreamedSum((1,) * self.protocol.clients)
         for k in range(self.protocol.clients):
             random = self.random(1)
-            total.add(client.update(self.model, images[:, k], labels[:, k], random=random, client=k, names=names))
+            model = planted.model_of(k)
+            total.add(client.update(model, images[:, k], labels[:, k], random=random, client=k, names=names))
         return total.mean()
 
-    def knowledge(self, purpose, count=None, target="labels"):
+    def knowledge(self, purpose, count=None, target="labels", model=None):
         granted = self.granted
         images, labels = digits()
         facts = Facts(
@@ -122,22 +163,28 @@ class Tiny:
         return {
             "facts": facts,
             "random": self.random(purpose, count),
-            "model": self.model if "weights" in granted else None,
+            "model": (model or self.model) if "weights" in granted else None,
             "auxiliary": (images[-AUXILIARY:], labels[-AUXILIARY:]) if "auxiliary" in granted else None,
             "defense": DefenseChain() if "defense" in granted else None,
         }
 
-    def attack(self, attack, *, update=None):
-        """Prepare and run ``attack`` on the tensors it reads, as the harness does; returns the checked recovery."""
+    def attack(self, attack, *, watch=lambda update: None):
+        """Prepare, plant and run ``attack`` as the harness does; return the checked recovery."""
         target = "inputs" if "inputs" in type(attack).recovers else "labels"
+        model = self.with_inserted(attack)
         try:
-            prepared = attack.prepare(Knowledge(**self.knowledge(2, None if self.own_models else 1, target)))
+            preparing = self.knowledge(2, None if self.own_models else 1, target, model)
+            prepared = attack.prepare(Knowledge(**preparing))
         except NotGranted as error:  # here, before an update was seen, it declines the task
             raise NotApplicable(str(error)) from None
-        names = read_names(attack.reads, self.model, self.protocol, target)
-        seen = {name: value for name, value in (update or self.update()).items() if name in names}
+        knowledge = self.knowledge(3, None, target, model)
+        planted = self.planted(attack, model, prepared, [], knowledge)
+        update = self.update(planted=planted)
+        names = read_names(attack.reads, model, self.protocol, target)
+        seen = {name: value for name, value in update.items() if name in names}
+        watch(seen)
         labels = self.victims[1] if "labels" in self.granted else None
-        observation = Observation(Seen([seen], labels=labels, prepared=prepared), **self.knowledge(3, None, target))
+        observation = Observation(Seen([seen], labels=labels, prepared=prepared, planted=[planted]), **knowledge)
         return self.shape.check(attack.run(observation), frozenset({target}))
 
     def only(self, *trials):
@@ -157,6 +204,11 @@ PROTOCOLS = {
     "delta": Tiny(Protocol(sends="delta", local_steps=2, precision="float64"), batch=2, own_models=True),
     "weights": Tiny(Protocol(sends="weights", local_steps=2, batches="same", precision="float64"), batch=2),
     "clients": Tiny(Protocol(clients=2, secure_aggregation=True, precision="float64"), batch=2),
+    "batch_norm": Tiny(
+        Protocol(clients=2, secure_aggregation=True, batch_norm="train", precision="float64"),
+        batch=3,
+        architecture=Architecture(name="mlp", params={"width": 12, "depth": 1, "batch_norm": True}),
+    ),
     "vit": Tiny(Protocol(precision="float64"), batch=1, architecture=VIT),
 }
-"""One block per way of sending, and a transformer; every attack that is granted what it needs has to work on each."""
+"""One block per way of sending, BatchNorm on an aggregate, and a transformer."""

@@ -221,10 +221,10 @@ def test_an_adversary_sees_the_weighted_mean_of_the_updates_and_no_tensor_of_one
     found, todo = {}, [observation.__dict__]
     while todo:  # everything that can be reached from what the attack holds, code and modules aside
         for child in gc.get_referents(todo.pop()):
-            if (id(child) not in found and isinstance(child, dict | list | tuple | torch.Tensor)) or _ours(child):
-                if id(child) not in found:
-                    found[id(child)] = child
-                    todo.append(child)
+            kept = isinstance(child, dict | list | tuple | torch.Tensor) or _ours(child)
+            if kept and id(child) not in found:
+                found[id(child)] = child
+                todo.append(child)
     tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
     assert any(value is observation.update["fc.weight"] for value in tensors)
     own = [each[name] for each in every for name in each]

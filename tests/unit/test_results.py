@@ -148,7 +148,7 @@ def test_a_missing_column_is_refused(tmp_path):
 def test_rows_of_another_schema_version_are_named(tmp_path):
     old_file(tmp_path)
     for read in (results.load_rows, lambda out: results.completed_jobs(out, "development")):
-        with pytest.raises(UserError, match=r"expected 4, got 0; use another --out"):
+        with pytest.raises(UserError, match=f"expected {results.SCHEMA_VERSION}, got 0; use another --out"):
             read(tmp_path)
 
 
