@@ -11,7 +11,7 @@ from leakbench_baselines.attacks.analytic import Analytic
 from leakbench_baselines.attacks.spear import dense_first_layer
 from torch import Tensor
 
-from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
+from leakbench import Attack, Cohort, Knowledge, Observation, Recovery, UserError, register
 from leakbench.models.functional import Model
 
 
@@ -58,7 +58,7 @@ class CuriousAbandonHonesty(Attack):
         dense_first_layer(knowledge, relu=True)
         return {}
 
-    def plant(self, model: Model, cohort: Knowledge, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
+    def plant(self, model: Model, cohort: Cohort, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
         """Replace the first layer."""
         name, bias = model.parameter_names[:2]
         rows, size = model.parameters[name].shape[1:]

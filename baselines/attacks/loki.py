@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from leakbench_baselines.attacks.robbing_the_fed import best_rows, bin_edges
+from leakbench_baselines.attacks.robbing_the_fed import SURE, best_rows, bin_edges
 from torch import Tensor
 
-from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
+from leakbench import Attack, Cohort, Knowledge, Observation, Recovery, UserError, register
 from leakbench.models.functional import Model
 
 
@@ -65,9 +65,9 @@ class Loki(Attack):
         edges = bin_edges(auxiliary @ probe, self.bins, torch.tensor([0.0, 1.0]).to(probe))
         return {"probe": probe, "edges": edges, "mean": auxiliary.mean(0)}
 
-    def plant(self, model: Model, cohort: Knowledge, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
+    def plant(self, model: Model, cohort: Cohort, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
         """Give client k the kernels that copy an image into its own channels; all get the same dense layer."""
-        probe, edges = cohort.prepared["probe"], cohort.prepared["edges"]  # type: ignore[attr-defined]
+        probe, edges = cohort.prepared["probe"], cohort.prepared["edges"]
         clients, channels = cohort.clients, model.input_shape[0]
         low, high = (bound.double().flatten().expand(channels) for bound in cohort.bounds)
         kernel = probe.new_zeros(clients, clients, channels, channels)
@@ -87,7 +87,8 @@ class Loki(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Claim what the bins of every client give, client after client, (T, K * N, *input_shape)."""
-        difference = observation.difference(observation.update)
+        # All clients got the same dense layer, which is not that of the honest model.
+        difference = observation.difference(observation.update, model=observation.client_model(0))
         weight = difference["imprint.weight"]
         weight = weight.view(*weight.shape[:2], observation.clients, -1)
         bias = difference["imprint.bias"].double()
@@ -100,7 +101,7 @@ class Loki(Attack):
             bounds = (torch.zeros_like(prepared["mean"]), torch.ones_like(prepared["mean"]))
             best, doubt = best_rows(rows, size, prepared, bounds, count)
             found.append(best)
-            certain.append((doubt < 1e-2).double().sum(1))
+            certain.append((doubt < SURE).double().sum(1))
         images = torch.cat(found, 1).view(len(bias), -1, *observation.input_spec.shape)
         claimed = (low + (high - low) * images).clamp(low, high)
         return Recovery(inputs=claimed, model_evaluations=0, notes={"found": torch.stack(certain).sum(0)})

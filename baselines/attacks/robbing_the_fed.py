@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leakbench import Attack, Knowledge, Observation, Recovery, UserError, register
+from leakbench import Attack, Cohort, Knowledge, Observation, Recovery, UserError, register
 from leakbench.models.functional import Model
 
 MEASURES = ("mean", "cosine", "random")
@@ -20,6 +20,8 @@ CENTERS, GRID = 1000, 4096
 """Quantiles that stand for the auxiliary measurements; points at which their distribution is computed."""
 UNIFORM = 1e-3
 """Mass that the estimated distribution spreads evenly."""
+SURE = 1e-2
+"""Doubt below which a bin is reported as found."""
 POSSIBLE = 1.0
 """Doubt above which a bin's quotient is no input at all."""
 
@@ -95,9 +97,9 @@ class RobbingTheFed(Attack):
         edges = bin_edges(auxiliary @ probe, self.bins, reach)
         return {"probe": probe, "edges": edges, "mean": auxiliary.mean(0)}
 
-    def plant(self, model: Model, cohort: Knowledge, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
+    def plant(self, model: Model, cohort: Cohort, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
         """Give every row the same measurement, and the lower edge of its bin as bias."""
-        probe, edges = cohort.prepared["probe"], cohort.prepared["edges"]  # type: ignore[attr-defined]
+        probe, edges = cohort.prepared["probe"], cohort.prepared["edges"]
         scale = self.gain * torch.ones_like(edges[1:])
         if self.sparse:
             scale = scale / (edges[1:] - edges[:-1])
@@ -117,11 +119,14 @@ class RobbingTheFed(Attack):
             bias = torch.cat([bias[:, :-1] - bias[:, 1:], bias[:, -1:]], 1)
         prepared, shape = observation.prepared, observation.input_spec.shape
         low, high = (bound.double().expand(shape).flatten() for bound in observation.bounds)
-        rows = weight / bias.where(bias != 0, 1)[..., None]
         total = int(observation.client_sizes.sum())
-        claimed, doubt = best_rows(rows, bias, prepared, (low, high), total)
-        found = claimed.view(len(claimed), -1, *shape)
-        return Recovery(inputs=found, model_evaluations=0, notes={"found": (doubt < 1e-2).double().sum(1)})
+        claims, found = [], []
+        for one, share in zip(weight, bias, strict=True):  # trials take turns for the memory of all their bins
+            rows = one / share.where(share != 0, 1)[:, None]
+            claim, doubt = best_rows(rows[None], share[None], prepared, (low, high), total)
+            claims.append(claim.view(-1, *shape))
+            found.append((doubt < SURE).double().sum())
+        return Recovery(inputs=torch.stack(claims), model_evaluations=0, notes={"found": torch.stack(found)})
 
     def _probe(self, auxiliary: Tensor) -> Tensor:
         size = auxiliary.shape[1]
@@ -164,6 +169,8 @@ def best_rows(
     rows: Tensor, share: Tensor, prepared: Mapping[str, Tensor], bounds: tuple[Tensor, Tensor], count: int
 ) -> tuple[Tensor, Tensor]:
     """Return the ``count`` best inputs (T, count, d), the mean auxiliary input where there are fewer, and their doubt.
+
+    Doubt is how far a bin's quotient is from a valid input, plus how far its measurement is from the bin.
 
     Args:
         rows: (T, bins, d) what each bin gives.
