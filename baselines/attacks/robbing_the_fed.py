@@ -22,6 +22,8 @@ UNIFORM = 1e-3
 """Mass that the estimated distribution spreads evenly."""
 SURE = 1e-2
 """Doubt below which a bin is reported as found."""
+FLAT = 1e-3
+"""Least contrast of an input, in units of the valid range."""
 POSSIBLE = 1.0
 """Doubt above which a bin's quotient is no input at all."""
 
@@ -170,7 +172,8 @@ def best_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return the ``count`` best inputs (T, count, d), the mean auxiliary input where there are fewer, and their doubt.
 
-    Doubt is how far a bin's quotient is from a valid input, plus how far its measurement is from the bin.
+    Doubt is how far a bin's quotient is from a valid input, plus how far its measurement is from the bin. A constant
+    is never claimed: equal weights are rounded equally when they are sent, which looks like one.
 
     Args:
         rows: (T, bins, d) what each bin gives.
@@ -184,7 +187,8 @@ def best_rows(
     outside = ((rows - rows.clamp(low, high)) / (high - low)).square().mean(2).sqrt()
     measured = rows @ probe
     astray = (measured - measured.clamp(edges[:-1], edges[1:])).abs() / (edges[-2] - edges[1])
-    doubt = (outside + astray).where(share != 0, math.inf).nan_to_num(math.inf, math.inf)
+    plain = ((rows.amax(2) - rows.amin(2)) / (high - low).amax()) < FLAT
+    doubt = (outside + astray).where((share != 0) & ~plain, math.inf).nan_to_num(math.inf, math.inf)
     doubt, order = doubt.sort(1)
     doubt, order = doubt[:, :count], order[:, :count]
     best = rows.take_along_dim(order[..., None], 1).where((doubt < POSSIBLE)[..., None], prepared["mean"])
