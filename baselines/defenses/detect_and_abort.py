@@ -12,12 +12,12 @@ from leakbench.metrics.stealth import Thresholds, findings
 class DetectAndAbort(Defense):
     """Detect and abort: a client refuses a model that looks planted, by what it alone can see on its first batch.
 
-    Stops models with a zeroed normalisation layer, with the same logits for all inputs, with layers that get no
+    Stops models with a nearly zeroed normalisation layer, with the same logits for all inputs, with layers that get no
     gradient, or far away from the model before: the crude forms of BatchNorm fishing, gradient suppression and of
-    planted heads. Does not stop attacks that stay within ordinary numbers (small non-zero scales, imprint layers and
-    trap weights of ordinary size, SEER), nor one that made the model before look just as odd: what was odd there
-    already is no reason to refuse. Whether others got the same model is the business of ``consistency_check``. Costs
-    no accuracy while it does not fire, and a gradient of the first batch in each round (of each example with `d_snr`).
+    planted heads. Does not stop attacks that stay within ordinary numbers (scales above the limit, imprint layers and
+    trap weights of ordinary size, SEER), nor the second round of one whose first model it got: what was odd there is no
+    reason to refuse. Whether others got the same model is the business of ``consistency_check``. Costs no accuracy
+    while it does not fire, and a gradient of the first batch in each round (of each example with `d_snr`).
 
     Acts on: whether the client takes part.
 
@@ -42,7 +42,7 @@ class DetectAndAbort(Defense):
     def __init__(
         self,
         *,
-        least_norm_scale: float = 1e-6,
+        least_norm_scale: float = 1e-2,
         logit_spread: float = 5e-7,
         dead_gradient_share: float = 0.5,
         head_gradient_rank: float = 1.0,

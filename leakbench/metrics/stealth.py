@@ -38,7 +38,7 @@ class Thresholds:
     because no client sees that alone.
 
     Args:
-        least_norm_scale: Refuse below it. Fresh layers have 1.
+        least_norm_scale: Refuse below it. Fresh layers have 1, and training moves the largest of a layer little.
         logit_spread: Refuse below it: a few roundings of float32.
         dead_gradient_share: Refuse above it.
         head_gradient_rank: Refuse below it. At 1 only a last layer without any gradient is refused: honest nets may
@@ -48,7 +48,7 @@ class Thresholds:
         parameter_distance: Refuse above it. One round should move the model by less than ten times its norm.
     """
 
-    least_norm_scale: float = 1e-6
+    least_norm_scale: float = 1e-2
     logit_spread: float = 5e-7
     dead_gradient_share: float = 0.5
     head_gradient_rank: float = 1.0
@@ -195,8 +195,7 @@ def findings(
     """
     trials, limits, disagreement = len(inputs), thresholds or Thresholds(), model_disagreement(digests)
     found = {
-        "least_norm_scale": least_norm_scale(model, previous),
-        **_of_batch(model, inputs, labels, batch_norm, reduction),
+        **_compared(model, previous, inputs, labels, batch_norm, reduction),
         "d_snr": d_snr(model, inputs, labels, batch_norm) if with_d_snr else None,
         "parameter_distance": parameter_distance(model, previous),
     }
@@ -204,8 +203,8 @@ def findings(
     if disagreement is not None:
         values["model_disagreement"] = inputs.new_full((trials,), disagreement, dtype=torch.float64)
     failed = failed_checks(values, limits)
-    if any(bool(failed[name].any()) for name in _BATCH_CHECKS & failed.keys()):
-        before = failed_checks(_of_batch(previous, inputs, labels, batch_norm, reduction), limits)
+    if any(bool(failed[name].any()) for name in _COMPARED & failed.keys()):
+        before = failed_checks(_compared(previous, previous, inputs, labels, batch_norm, reduction), limits)
         failed |= {name: failed[name] & ~before[name] for name in before}
     return values | {"detected": torch.stack(list(failed.values())).any(0).double()}
 
@@ -217,13 +216,16 @@ def failed_checks(values: Mapping[str, Tensor], thresholds: Thresholds) -> dict[
 
 
 _AT_LEAST = frozenset({"least_norm_scale", "logit_spread", "head_gradient_rank"})
-_BATCH_CHECKS = frozenset({"logit_spread", "dead_gradient_share", "head_gradient_rank"})
+_COMPARED = frozenset({"least_norm_scale", "logit_spread", "dead_gradient_share", "head_gradient_rank"})
 
 
-def _of_batch(
-    model: Model, inputs: Tensor, labels: Tensor, batch_norm: BatchNormMode, reduction: Reduction
+def _compared(
+    model: Model, previous: Model, inputs: Tensor, labels: Tensor, batch_norm: BatchNormMode, reduction: Reduction
 ) -> dict[str, Tensor]:
-    """Return the `_BATCH_CHECKS`, a few trials at a time, because a gradient is as large as its trial's model."""
+    """Return what is no reason to refuse where the model before had it too.
+
+    Gradients come from a few trials at a time, because they are as large as these trials' models.
+    """
     size = default_chunk(model, inputs)
     parts = []
     for first in range(0, len(inputs), size):
@@ -233,10 +235,13 @@ def _of_batch(
         ).tensors
         parts.append((dead_gradient_share(gradients), head_gradient_rank(gradients, model.head)))
     share, rank = (torch.cat(values) for values in zip(*parts, strict=True))
-    spread = logit_spread(model, inputs, batch_norm)
-    return {"dead_gradient_share": share, "head_gradient_rank": rank} | (
-        {} if spread is None else {"logit_spread": spread}
-    )
+    found = {
+        "least_norm_scale": least_norm_scale(model, previous),
+        "logit_spread": logit_spread(model, inputs, batch_norm),
+        "dead_gradient_share": share,
+        "head_gradient_rank": rank,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _example_norms(model: Model, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import rotate
 from leakbench import Defense, DefenseContext, UserError
 from leakbench.defense import DefenseChain
 from leakbench.federation.client import Client, Received
+from leakbench.metrics.stealth import Thresholds
 from leakbench.tasks import Protocol
 
 SIZES = {"flip": 2, "major_rotation": 4, "minor_rotation": 4, "shearing": 3, "major_rotation+shearing": 6}
@@ -169,6 +170,7 @@ def test_trials_are_refused_one_by_one():
 
 
 def test_thresholds_are_parameters():
+    assert DetectAndAbort().params() == vars(Thresholds())
     honest = make()
     ctx = context(dead(honest), *examples(honest, 4), previous=honest)
     lenient = {"logit_spread": 0.0, "dead_gradient_share": 1.0, "head_gradient_rank": 0.0}

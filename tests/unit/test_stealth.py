@@ -336,13 +336,14 @@ def test_a_zeroed_batch_norm_shows_in_scale_logits_and_gradients(name, params, l
     assert (honest["logit_spread"] > found["logit_spread"]).all()
 
 
-def test_a_small_scale_is_not_refused_though_it_shows():
+@pytest.mark.parametrize(("scale", "refused"), [(1e-3, True), (2e-2, False)])
+def test_a_small_scale_passes_above_the_limit_though_it_shows(scale, refused):
     model = net("lenet5", batch_norm=True)
-    planted = zeroed(model, "body.0.bn1")
-    planted = changed(planted, body__0__bn1__weight=1e-3)
+    planted = changed(zeroed(model, "body.0.bn1"), body__0__bn1__weight=scale)
     found = findings(planted, model, *batch(6))
-    assert found["detected"].tolist() == [0, 0]
-    assert (found["least_norm_scale"] < 2e-3).all()
+    assert found["detected"].tolist() == [refused] * 2
+    torch.testing.assert_close(found["least_norm_scale"], torch.tensor([scale] * 2).double(), rtol=1e-6, atol=0)
+    assert findings(planted, planted, *batch(6))["detected"].tolist() == [0, 0]
 
 
 def test_a_dead_layer_is_refused_for_its_gradients():
