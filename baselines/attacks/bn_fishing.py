@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Attack, Cohort, Knowledge, NotApplicable, Observation, Recovery, UserError, register
-from leakbench.models.batch_norm import ExplicitBatchNorm
-from leakbench.models.functional import Model
 
 PLANT = "plant/"
 DESIGNS = ("auto", "blocks", "selected")
@@ -67,7 +65,7 @@ class BNFishing(Attack):
     reads = ("head.weight", "head.bias")
 
     def __init__(
-        self, *, layer: str = "auto", scale: float = 0.0, design: str = "auto", spread: float = 1.0, pool: int = 4
+        self, *, layer: str = "auto", scale: float = 0.0, design: str = "auto", spread: float = 1.0, pool: int = 2
     ) -> None:
         if design not in DESIGNS:
             raise UserError(f"bn_fishing: design: expected {', '.join(DESIGNS)}, got {design!r}; write design='auto'")
@@ -76,7 +74,7 @@ class BNFishing(Attack):
         if spread <= 0:
             raise UserError(f"bn_fishing: spread: expected above 0, got {spread}; write bn_fishing(spread=1.0)")
         if pool < 1:
-            raise UserError(f"bn_fishing: pool: expected at least 1, got {pool}; write bn_fishing(pool=4)")
+            raise UserError(f"bn_fishing: pool: expected at least 1, got {pool}; write bn_fishing(pool=2)")
         self.layer = layer
         self.scale = scale
         self.design = design
@@ -111,7 +109,7 @@ class BNFishing(Attack):
 
     def plant(
         self,
-        model: Model,  # noqa: ARG002
+        model: object,  # noqa: ARG002
         cohort: Cohort,
         history: Sequence[Mapping[str, Tensor]],  # noqa: ARG002
     ) -> dict[str, Tensor]:
@@ -150,16 +148,16 @@ class BNFishing(Attack):
 
     def _layer(self, knowledge: Knowledge) -> str:
         """Return the layer to preset: one after which features do not depend on the input if its scale is 0."""
-        modules = knowledge.model.module.named_modules()
-        norms: list[str] = [name for name, m in modules if isinstance(m, ExplicitBatchNorm) and m.weight is not None]
+        model = knowledge.model
+        tracked = [name.removesuffix(".running_mean") for name in model.buffers if name.endswith(".running_mean")]
+        norms = [layer for layer in tracked if f"{layer}.bias" in model.parameters]
         if self.layer != "auto":
             if self.layer not in norms:
                 raise NotApplicable(f"bn_fishing: the net has no BatchNorm layer {self.layer!r}; it has {norms}")
             return self.layer
-        dummies = uniform_pixels(knowledge, DUMMIES, knowledge.model.dtype)
+        dummies = uniform_pixels(knowledge, DUMMIES, model.dtype)
         for name in dict.fromkeys([*norms[-1:], *norms]):
-            channels = knowledge.model.parameters[f"{name}.bias"].shape[1]
-            shift = torch.full((1, channels), self.spread)
+            shift = torch.full_like(model.parameters[f"{name}.bias"][:1], self.spread)
             features = _features(knowledge, name, shift, 0.0, dummies)[1]
             if bool((features - features[:, :1]).abs().amax() <= SAME * features.abs().amax()):
                 return name
