@@ -12,7 +12,6 @@ from leakbench_baselines.attacks.spear import dense_first_layer
 from torch import Tensor
 
 from leakbench import Attack, Cohort, Knowledge, Observation, Recovery, UserError, register
-from leakbench.models.functional import Model
 
 
 @register("curious_abandon_honesty", version=1)
@@ -58,14 +57,20 @@ class CuriousAbandonHonesty(Attack):
         dense_first_layer(knowledge, relu=True)
         return {}
 
-    def plant(self, model: Model, cohort: Cohort, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
+    def plant(
+        self,
+        model: object,  # noqa: ARG002
+        cohort: Cohort,
+        history: Sequence[Mapping[str, Tensor]],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """Replace the first layer."""
-        name, bias = model.parameter_names[:2]
-        rows, size = model.parameters[name].shape[1:]
-        low, high = (bound.double().expand(model.input_shape).flatten() for bound in cohort.bounds)
+        net = cohort.model
+        name, bias = net.parameter_names[:2]
+        rows, size = net.parameters[name].shape[1:]
+        low, high = (bound.double().expand(net.input_shape).flatten() for bound in cohort.bounds)
         traps = trap_weights(rows, size, self.scale, self.sigma).to(low)
         weight = traps / (high - low)
-        return {name: weight[None].to(model.dtype), bias: -(weight @ low)[None].to(model.dtype)}
+        return {name: weight[None].to(net.dtype), bias: -(weight @ low)[None].to(net.dtype)}
 
     def run(self, observation: Observation) -> Recovery:
         """Claim what the neurons' quotients give, (T, n, *input_shape)."""

@@ -11,7 +11,6 @@ from leakbench_baselines.attacks.robbing_the_fed import SURE, best_rows, bin_edg
 from torch import Tensor
 
 from leakbench import Attack, Cohort, Knowledge, Observation, Recovery, UserError, register
-from leakbench.models.functional import Model
 
 
 @register("loki", version=1)
@@ -65,10 +64,15 @@ class Loki(Attack):
         edges = bin_edges(auxiliary @ probe, self.bins, torch.tensor([0.0, 1.0]).to(probe))
         return {"probe": probe, "edges": edges, "mean": auxiliary.mean(0)}
 
-    def plant(self, model: Model, cohort: Cohort, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
+    def plant(
+        self,
+        model: object,  # noqa: ARG002
+        cohort: Cohort,
+        history: Sequence[Mapping[str, Tensor]],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """Give client k the kernels that copy an image into its own channels; all get the same dense layer."""
         probe, edges = cohort.prepared["probe"], cohort.prepared["edges"]
-        clients, channels = cohort.clients, model.input_shape[0]
+        clients, channels = cohort.clients, cohort.input_spec.shape[0]
         low, high = (bound.double().flatten().expand(channels) for bound in cohort.bounds)
         kernel = probe.new_zeros(clients, clients, channels, channels)
         offset = probe.new_zeros(clients, clients, channels)
@@ -83,7 +87,7 @@ class Loki(Attack):
             "imprint.bias": (-slope * edges[:-1])[None],
             "imprint.out": torch.full_like(slope, 1 / self.bins)[None],
         }
-        return {name: value.to(model.dtype) for name, value in planted.items()}
+        return {name: value.to(cohort.model.dtype) for name, value in planted.items()}
 
     def run(self, observation: Observation) -> Recovery:
         """Claim what the bins of every client give, client after client, (T, K * N, *input_shape)."""
@@ -101,7 +105,7 @@ class Loki(Attack):
             bounds = (torch.zeros_like(prepared["mean"]), torch.ones_like(prepared["mean"]))
             best, doubt = best_rows(rows, size, prepared, bounds, count)
             found.append(best)
-            certain.append((doubt < SURE).double().sum(1))
+            certain.append((doubt <= SURE).double().sum(1))
         images = torch.cat(found, 1).view(len(bias), -1, *observation.input_spec.shape)
         claimed = (low + (high - low) * images).clamp(low, high)
         return Recovery(inputs=claimed, model_evaluations=0, notes={"found": torch.stack(certain).sum(0)})

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from leakbench import Attack, Cohort, Knowledge, Observation, Recovery, UserError, register
-from leakbench.models.functional import Model
 
 MEASURES = ("mean", "cosine", "random")
 NARROWEST = 1e-4
@@ -21,7 +20,7 @@ CENTERS, GRID = 1000, 4096
 UNIFORM = 1e-3
 """Mass that the estimated distribution spreads evenly."""
 SURE = 1e-2
-"""Doubt below which a bin is reported as found."""
+"""Doubt up to which a bin counts as found; such bins are claimed in their order, which rounding does not change."""
 FLAT = 1e-3
 """Least contrast of an input, in units of the valid range."""
 POSSIBLE = 1.0
@@ -99,7 +98,12 @@ class RobbingTheFed(Attack):
         edges = bin_edges(auxiliary @ probe, self.bins, reach)
         return {"probe": probe, "edges": edges, "mean": auxiliary.mean(0)}
 
-    def plant(self, model: Model, cohort: Cohort, history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # noqa: ARG002
+    def plant(
+        self,
+        model: object,  # noqa: ARG002
+        cohort: Cohort,
+        history: Sequence[Mapping[str, Tensor]],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """Give every row the same measurement, and the lower edge of its bin as bias."""
         probe, edges = cohort.prepared["probe"], cohort.prepared["edges"]
         scale = self.gain * torch.ones_like(edges[1:])
@@ -110,7 +114,7 @@ class RobbingTheFed(Attack):
             "imprint.bias": -scale * edges[:-1],
             "imprint.out": torch.full_like(scale, 1 / (self.gain * self.bins)),
         }
-        return {name: value[None].to(model.dtype) for name, value in planted.items()}
+        return {name: value[None].to(cohort.model.dtype) for name, value in planted.items()}
 
     def run(self, observation: Observation) -> Recovery:
         """Claim what the bins give, (T, K * N, *input_shape)."""
@@ -127,7 +131,7 @@ class RobbingTheFed(Attack):
             rows = one / share.where(share != 0, 1)[:, None]
             claim, doubt = best_rows(rows[None], share[None], prepared, (low, high), total)
             claims.append(claim.view(-1, *shape))
-            found.append((doubt < SURE).double().sum())
+            found.append((doubt <= SURE).double().sum())
         return Recovery(inputs=torch.stack(claims), model_evaluations=0, notes={"found": torch.stack(found)})
 
     def _probe(self, auxiliary: Tensor) -> Tensor:
@@ -188,8 +192,8 @@ def best_rows(
     measured = rows @ probe
     astray = (measured - measured.clamp(edges[:-1], edges[1:])).abs() / (edges[-2] - edges[1])
     plain = ((rows.amax(2) - rows.amin(2)) / (high - low).amax()) < FLAT
-    doubt = (outside + astray).where((share != 0) & ~plain, math.inf).nan_to_num(math.inf, math.inf)
-    doubt, order = doubt.sort(1)
+    doubt = (outside + astray).where((share != 0) & ~plain, math.inf).nan_to_num(math.inf, math.inf).clamp(min=SURE)
+    doubt, order = doubt.sort(dim=1, stable=True)
     doubt, order = doubt[:, :count], order[:, :count]
     best = rows.take_along_dim(order[..., None], 1).where((doubt < POSSIBLE)[..., None], prepared["mean"])
     spare = prepared["mean"].expand(len(rows), count - best.shape[1], -1)
