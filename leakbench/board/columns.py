@@ -191,6 +191,10 @@ def _failure(cell: Cell) -> str | None:
     return None if errors.empty else str(errors.value_counts().index[0])
 
 
+def _number(cell: Cell, column: str) -> float:
+    return float(cell.tried[column].astype(float).mean())
+
+
 def _status(status: str) -> BoardColumn:
     return BoardColumn(status, f"trials with status {status}", lambda c: c.count(status))
 
@@ -221,6 +225,10 @@ COLUMNS: tuple[BoardColumn, ...] = (
     BoardColumn("gain", "inputs: mean gain over the floor of the same trial, dB", lambda c: c.gain.mean),
     BoardColumn("gain_low", "lower end of its 95% interval", lambda c: c.gain.low),
     BoardColumn("gain_high", "upper end of its 95% interval", lambda c: c.gain.high),
+    BoardColumn(
+        "planted_share", "mean share of the parameters that were replaced", lambda c: _number(c, "planted_share")
+    ),
+    BoardColumn("refused", "mean share of the clients that refused", lambda c: _number(c, "refused")),
     BoardColumn("seconds", "wall seconds of the attack per trial", lambda c: c.tried["wall_seconds"].mean()),
     BoardColumn("isolation", "isolation levels of the rows", lambda c: ", ".join(sorted(set(c.rows["isolation"])))),
     BoardColumn("failure", "most frequent error", _failure),

@@ -10,7 +10,7 @@ import pandas as pd
 from leakbench.board.columns import ATTACK_KEYS, DEMONSTRATION_DATASETS, Cell
 from leakbench.board.score import group_ids, split_cells
 from leakbench.board.stats import rank_groups, stratified
-from leakbench.metrics import headline
+from leakbench.metrics import METRICS, headline
 from leakbench.tasks import local_batches
 
 LANE_KEYS = ("season", "season_commitment", "benchmark_version", "lane", "target", "demonstration", "stage")
@@ -25,9 +25,14 @@ LANE_COLUMNS = {
     "edge": "labels: (value - chance) / (1 - chance), at least -1, over tasks; inputs: gain over the floor, dB",
     "edge_low": "lower end of its 95% interval; victims that tasks share are resampled together",
     "edge_high": "upper end of its 95% interval",
+    "exact": "mean share of exact label counts, or of recovered images, over the covered tasks",
+    "detected": "mean share of trials in which clients' plain checks would notice what was planted; null: nothing was",
     "rank_group": "1 for the best attack and those that cannot be told from it; null: ran on no task",
 }
 """The columns that follow `LANE_KEYS` and the attack's keys."""
+
+EXACT = {"labels": "count_exact_match", "inputs": "recovered"}
+"""What stands beside stealth, by target: a planted model is worth its risk where it is exact."""
 
 _VICTIM = ("dataset", "dataset_fingerprint", "batch_size", "batch_sizes", "sampler", "sampler_alpha", "sampler_classes")
 """With the trial, and the number of examples behind the update, what tells victims apart."""
@@ -77,6 +82,9 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
             "mean": float(np.mean([cell.mean(cell.metric) for cell in cells])) if cells else np.nan,
             "reference": float(np.mean([cell.chance for cell in cells])) if cells else np.nan,
         }
+        for key, name in (("exact", EXACT[str(keys["target"])]), ("detected", "detected")):
+            values = [cell.mean(METRICS[name]) for cell in cells]
+            line[key] = float(np.nanmean(values)) if not np.isnan(values).all() else np.nan
         # Every law of victims weighs as much as it has tasks; victims of one law are resampled.
         parts = [
             (edge["tasks"].iloc[0] / len(measured), edge["edge"].to_numpy(float)) for _, edge in edges.groupby("law")

@@ -19,7 +19,7 @@ from leakbench.board.columns import (
     entry_label,
     entry_parameters,
 )
-from leakbench.board.lanes import LANE_COLUMNS, LANE_KEYS
+from leakbench.board.lanes import EXACT, LANE_COLUMNS, LANE_KEYS
 from leakbench.board.score import TABLE_COLUMNS, group_ids
 from leakbench.board.stats import CONFIDENCE, RESAMPLES
 from leakbench.keys import DEVELOPMENT
@@ -81,6 +81,10 @@ VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
     ViewColumn("empty", lambda c: _number(c["empty"], c["target"]), needs="empty"),
     ViewColumn("{edge}", _edge),
+    ViewColumn("{exact}", lambda c: _number(c[EXACT[c["target"]]], "labels"), needs="detected"),
+    ViewColumn("detected", lambda c: _number(c["detected"], "labels"), needs="detected"),
+    ViewColumn("D-SNR", lambda c: "-" if pd.isna(c["d_snr"]) else f"{c['d_snr']:.2g}", needs="detected"),
+    ViewColumn("refused", lambda c: _number(c["refused"], "labels"), needs="detected"),
     ViewColumn("group", _tie),
     ViewColumn("trials", _trials),
     ViewColumn("ms", lambda c: "-" if pd.isna(c["seconds"]) else f"{1000 * c['seconds']:.3g}"),
@@ -135,6 +139,7 @@ def _names(target: str) -> dict[str, str]:
         "metric": spec.name.replace("_", " ") + (f" [{spec.unit}]" if spec.unit != "1" else ""),
         "reference": "chance" if target == "labels" else "floor",
         "edge": "advantage" if target == "labels" else "gain",
+        "exact": EXACT[target].replace("count_exact_match", "exact"),
     }
 
 
@@ -188,6 +193,12 @@ def tables(board: pd.DataFrame) -> Iterator[Table]:
             f"others were not, counts as {names['reference']}; "
             "attacks of one group cannot be told apart; ms: milliseconds per trial"
             + ("; empty: the same attack on an update that carries nothing" if task["empty"].notna().any() else "")
+            + (
+                "; detected: share of trials in which a client's plain checks would notice the planted model; D-SNR: "
+                "how far one example outweighs the others of its batch"
+                if task["detected"].notna().any()
+                else ""
+            )
             + (f"; detectable difference about {detectable:.2g}" if detectable > 0 else ""),
         )
 
@@ -249,13 +260,14 @@ def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
             stages = [stages[round(i * (len(stages) - 1) / (MOST_STAGES - 1))] for i in range(MOST_STAGES)]
         lane = lane.reset_index(drop=True)
         lane = lane.assign(short=_short_labels(lane, "attack"))
+        columns = [column for column in LANE_VIEW if column.needs is None or lane[column.needs].notna().any()]
         for stage in stages:
             yield Table(
                 title=f"{shown.format(stage)}  (season {season}, undefended)",
-                columns=list(LANE_VIEW),
-                header=[column.title.format(**_names(target)) for column in LANE_VIEW],
+                columns=columns,
+                header=[column.title.format(**_names(target)) for column in columns],
                 lines=[
-                    (line["short"], [column.text(line) for column in LANE_VIEW])
+                    (line["short"], [column.text(line) for column in columns])
                     for line in lane[lane["stage"] == stage].to_dict("records")
                 ],
                 caption=f"means over tasks [{CONFIDENCE:.0%} interval]"
@@ -277,6 +289,8 @@ LANE_VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("tasks", lambda c: f"{c['covered']}/{c['tasks']}"),
     ViewColumn("{metric}", lambda c: _number(c["mean"], c["target"])),
     ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
+    ViewColumn("{exact}", lambda c: _number(c["exact"], "labels"), needs="detected"),
+    ViewColumn("detected", lambda c: _number(c["detected"], "labels"), needs="detected"),
 )
 """The columns of a lane's table that follow the attack, in order."""
 

@@ -29,7 +29,7 @@ from leakbench.schema import DEFENDED
 GRACE_SECONDS = 30.0
 """Added to every time limit: starting the child and importing the entry are not the entry's fault."""
 CLIENT_SECONDS_PER_TRIAL = 10.0
-"""Time limit of a client; missing it is the defense's failure."""
+"""Time limit of a client, per local step; missing it is the defense's failure."""
 PREPARED_BYTES = 1 << 30
 """Most bytes of what `Attack.prepare` returns."""
 
@@ -322,7 +322,8 @@ class Exchange:
         return min(per_trial * len(self.job.trials) + GRACE_SECONDS, 30 * 24 * 3600.0)
 
     def _client_seconds(self) -> float:
-        return CLIENT_SECONDS_PER_TRIAL * len(self.job.trials) * self.task.protocol.local_steps + GRACE_SECONDS
+        updates = len(self.job.trials) * self.task.protocol.clients * self.task.protocol.local_steps
+        return CLIENT_SECONDS_PER_TRIAL * updates + GRACE_SECONDS
 
     def _recovery_limit(self) -> int:
         clients = self.task.protocol.clients

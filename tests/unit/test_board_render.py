@@ -12,6 +12,7 @@ from rich.console import Console
 
 from leakbench.board import render
 from leakbench.board.columns import COLUMNS, entry_label, entry_parameters
+from leakbench.board.lanes import lanes
 from leakbench.board.score import cells
 
 
@@ -55,8 +56,26 @@ def test_markdown_has_one_table_per_task_with_whole_lines():
     text = render.markdown(demonstration())
     assert text.count("### ") == 2
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {len(render.VIEW) + 1}  # with the defense, without a column that nothing is known of
+    # With the defense, without the columns that nothing is known of.
+    assert widths == {2 + sum(column.needs is None for column in render.VIEW)}
     assert "> digits is a demonstration lane" in text
+
+
+def test_recovery_and_stealth_stand_side_by_side_where_something_was_planted():
+    shown = {"lane": "malicious_server", "refused": 0.5}
+    planted = make([0.9] * 4, attack="bn", count_exact_match=1.0, detected=0.75, d_snr=12.3, **shown)
+    rows = frame(planted, make([0.5] * 4, count_exact_match=0.25, **shown))
+    text = render.markdown(cells(rows), lanes(rows))
+    ranked, compared = (
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+        for part in text.split("### ")[1:]
+    )
+    for table, expected in ((ranked, ["1.00", "0.75"]), (compared, ["1.00", "0.75", "12", "0.50"])):
+        first = table[0].index("exact")
+        assert table[0][first : first + len(expected)] == ["exact", "detected", "D-SNR", "refused"][: len(expected)]
+        told = {row[0] if table is ranked else row[1]: row[first : first + len(expected)] for row in table[2:]}
+        assert told == {"bn": expected, "llg": ["0.25", "-", "-", "0.50"][: len(expected)]}
+    assert "exact" not in render.markdown(cells(frame(make([0.5] * 4))))
 
 
 def test_a_defense_that_overstates_protection_is_said_to_do_so_wherever_it_is_shown():
