@@ -190,6 +190,16 @@ class Observation(Knowledge):
         order = batch_order(self._facts.protocol, self.batch_size).to(self._random.device)
         return order.expand(self.trials, self.clients, -1, -1)
 
+    def difference(self, update: Mapping[str, Tensor], *, model: Model | None = None) -> dict[str, Tensor]:
+        """Return what an update changed; see `Knowledge.difference`.
+
+        Where clients got different models and sent weights, their mean is what the aggregate started from.
+        """
+        planted = self._seen.planted
+        if model is None and self.sends == "weights" and planted and planted[-1].differs:
+            model = planted[-1].mean(self.client_weights)
+        return super().difference(update, model=model)
+
     @property
     def gradient(self) -> dict[str, Tensor]:
         """The update in units of a gradient: itself, or the sum of the local steps' gradients under plain SGD.

@@ -43,13 +43,15 @@ class ViewColumn:
         title: Its heading; ``{metric}`` and ``{reference}`` are filled in.
         text: What it shows of a cell.
         right: Whether it is aligned to the right.
-        needs: Column of the board without which it is not shown.
+        shown: Whether a table has it.
+        wide: Whether it is left out in the terminal, for want of room.
     """
 
     title: str
     text: Callable[[Line], str]
     right: bool = True
-    needs: str | None = None
+    shown: Callable[[pd.DataFrame], bool] = lambda _: True
+    wide: bool = False
 
 
 def _number(value: float, target: str) -> str:
@@ -71,6 +73,10 @@ def _trials(line: Line) -> str:
     return "n/a" if line["not_applicable"] else "unavailable"
 
 
+def _known(column: str) -> Callable[[pd.DataFrame], bool]:
+    return lambda table: bool(table[column].notna().any())
+
+
 def _tie(line: Line) -> str:
     return "" if pd.isna(line["rank_group"]) else str(int(line["rank_group"]))
 
@@ -79,15 +85,23 @@ VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("attack", lambda c: c["attack_short"], right=False),
     ViewColumn("{metric}", _interval),
     ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
-    ViewColumn("empty", lambda c: _number(c["empty"], c["target"]), needs="empty"),
+    ViewColumn("empty", lambda c: _number(c["empty"], c["target"]), shown=_known("empty")),
     ViewColumn("{edge}", _edge),
-    ViewColumn("{exact}", lambda c: _number(c[EXACT[c["target"]]], "labels"), needs="detected"),
-    ViewColumn("detected", lambda c: _number(c["detected"], "labels"), needs="detected"),
-    ViewColumn("D-SNR", lambda c: "-" if pd.isna(c["d_snr"]) else f"{c['d_snr']:.2g}", needs="detected"),
-    ViewColumn("refused", lambda c: _number(c["refused"], "labels"), needs="detected"),
+    ViewColumn("{exact}", lambda c: _number(c[EXACT[c["target"]]], "labels"), shown=_known("detected")),
+    ViewColumn("detected", lambda c: _number(c["detected"], "labels"), shown=_known("detected")),
+    ViewColumn(
+        "D-SNR", lambda c: "-" if pd.isna(c["d_snr"]) else f"{c['d_snr']:.2g}", shown=_known("detected"), wide=True
+    ),
+    ViewColumn("refused", lambda c: _number(c["refused"], "labels"), shown=lambda t: bool(t["refused"].gt(0).any())),
     ViewColumn("group", _tie),
-    ViewColumn("trials", _trials),
-    ViewColumn("ms", lambda c: "-" if pd.isna(c["seconds"]) else f"{1000 * c['seconds']:.3g}"),
+    ViewColumn(
+        "trials", _trials, shown=lambda t: not _known("detected")(t) or bool((t["ok"] != t["n"]).any())
+    ),  # stealth needs the room
+    ViewColumn(
+        "ms",
+        lambda c: "-" if pd.isna(c["seconds"]) else f"{1000 * c['seconds']:.3g}",
+        shown=lambda t: not _known("detected")(t),
+    ),
 )
 """The columns of terminal and Markdown tables that follow the defense, in order."""
 
@@ -168,7 +182,7 @@ def _short_labels(board: pd.DataFrame, kind: str) -> pd.Series[str]:
     return labels
 
 
-def tables(board: pd.DataFrame) -> Iterator[Table]:
+def tables(board: pd.DataFrame, *, wide: bool = True) -> Iterator[Table]:
     """Yield one table per task, undefended cells first, then by defense, the best attack first."""
     for _, task in board.groupby(group_ids(board, TASK_KEYS), sort=False):
         first = task.iloc[0]
@@ -183,7 +197,7 @@ def tables(board: pd.DataFrame) -> Iterator[Table]:
         if not pd.isna(first["checkpoint"]):
             where.append(f"weights {first['checkpoint']}")
         detectable = task["detectable"].median()
-        columns = [column for column in VIEW if column.needs is None or task[column.needs].notna().any()]
+        columns = [column for column in VIEW if column.shown(task) and (wide or not column.wide)]
         yield Table(
             title=f"{first['task']}  ({', '.join(where)})",
             columns=columns,
@@ -191,13 +205,12 @@ def tables(board: pd.DataFrame) -> Iterator[Table]:
             lines=[(c["defense_short"], [column.text(c) for column in columns]) for c in task.to_dict("records")],
             caption=f"{CONFIDENCE:.0%} bootstrap intervals over trials; a trial that failed, or was declined while "
             f"others were not, counts as {names['reference']}; "
-            "attacks of one group cannot be told apart; ms: milliseconds per trial"
+            "attacks of one group cannot be told apart"
             + ("; empty: the same attack on an update that carries nothing" if task["empty"].notna().any() else "")
             + (
-                "; detected: share of trials in which a client's plain checks would notice the planted model; D-SNR: "
-                "how far one example outweighs the others of its batch"
-                if task["detected"].notna().any()
-                else ""
+                "; detected: share of trials in which a client's plain checks would notice the planted model"
+                if _known("detected")(task)
+                else "; ms: milliseconds per trial"
             )
             + (f"; detectable difference about {detectable:.2g}" if detectable > 0 else ""),
         )
@@ -221,13 +234,13 @@ def terminal(board: pd.DataFrame, lanes: pd.DataFrame | None = None, console: Co
         console.print(Text(note, style="bold"))
     for lane in () if lanes is None else lane_tables(lanes):
         console.print("", Text(lane.title, style="bold"), sep="\n")
-        grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-        for number, heading in enumerate(["attack", *lane.header]):
+        grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for number, heading in enumerate(["attack", *(text.replace(" ", "\n") for text in lane.header)]):
             grid.add_column(Text(heading), justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
         for attack, texts in lane.lines:
             grid.add_row(*map(Text, [attack, *texts]))
         console.print(grid, Text(lane.caption, style="dim"), sep="\n")
-    for table in tables(board):
+    for table in tables(board, wide=False):
         console.print("", Text(table.title, style="bold"), sep="\n")
         every = [table.header, *(texts for _, texts in table.lines)]
         widths = [max(len(texts[i]) for texts in every) for i in range(len(table.columns))]
@@ -260,7 +273,7 @@ def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
             stages = [stages[round(i * (len(stages) - 1) / (MOST_STAGES - 1))] for i in range(MOST_STAGES)]
         lane = lane.reset_index(drop=True)
         lane = lane.assign(short=_short_labels(lane, "attack"))
-        columns = [column for column in LANE_VIEW if column.needs is None or lane[column.needs].notna().any()]
+        columns = [column for column in LANE_VIEW if column.shown(lane)]
         for stage in stages:
             yield Table(
                 title=f"{shown.format(stage)}  (season {season}, undefended)",
@@ -286,11 +299,15 @@ def _lane_edge(line: Line) -> str:
 LANE_VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("{edge}", _lane_edge),
     ViewColumn("group", _tie),
-    ViewColumn("tasks", lambda c: f"{c['covered']}/{c['tasks']}"),
+    ViewColumn(
+        "tasks",
+        lambda c: f"{c['covered']}/{c['tasks']}",
+        shown=lambda t: not _known("detected")(t) or bool((t["covered"] != t["tasks"]).any()),
+    ),
     ViewColumn("{metric}", lambda c: _number(c["mean"], c["target"])),
     ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
-    ViewColumn("{exact}", lambda c: _number(c["exact"], "labels"), needs="detected"),
-    ViewColumn("detected", lambda c: _number(c["detected"], "labels"), needs="detected"),
+    ViewColumn("{exact}", lambda c: _number(c["exact"], "labels"), shown=_known("detected")),
+    ViewColumn("detected", lambda c: _number(c["detected"], "labels"), shown=_known("detected")),
 )
 """The columns of a lane's table that follow the attack, in order."""
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from leakbench.models.functional import Model
@@ -38,6 +39,14 @@ class Planted:
             for name, value in self.tensors.items()
         }
         return self.honest.with_state(parameters=own) if own else self.honest
+
+    def mean(self, weights: Tensor) -> Model:
+        """Return the mean of what the clients got, by their weights (K,): where an aggregate of weights starts."""
+        own = {
+            name: torch.tensordot(weights.to(value), value, 1)[None] if self.clients > 1 and len(value) > 1 else value
+            for name, value in self.tensors.items()
+        }
+        return self.honest.with_state(parameters=own)
 
     def trials(self, first: int, last: int) -> Planted:
         """Return what the clients of trials ``first`` to ``last`` (exclusive) get."""

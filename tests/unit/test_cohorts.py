@@ -325,6 +325,17 @@ def test_a_server_may_only_plant_what_the_threat_model_lets_it(plant, threat, me
     assert rows.error.str.contains(message).all(), rows.error[0]
 
 
+@pytest.mark.parametrize("weighting", ["equal", "examples"])
+def test_the_difference_of_sent_weights_is_that_of_sent_deltas_however_models_differ(weighting):
+    found = []
+    for sends in ("weights", "delta"):
+        attack = planting(per_client)
+        run(attack(), task(sends=sends, weighting=weighting))
+        found.append(attack.observation.difference(attack.observation.update))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name])
+
+
 def test_what_is_isolated_is_one_client_with_its_own_model():
     attack = planting(per_client)
     run(attack(), task(weighting="examples"))
