@@ -143,7 +143,7 @@ def run(suite: str, shard: str | None, as_json: bool, **options: Any) -> int:
 @click.option("--quick", is_flag=True, help="Only the cells, and as many trials, as the reference file calls quick.")
 @_run_options
 def reproduce(paper: str, quick: bool, as_json: bool, **options: Any) -> int:
-    """Run the suite of PAPER (dlm, ilrg, llg) and print its figures beside ours.
+    """Run the suite of PAPER (breaking_sa, dlm, ilrg, llg) and print its figures beside ours.
 
     Also writes the table to the directory of the rows. Running the same command again resumes it, and rows of
     `leakbench run PAPER` in that directory count.
