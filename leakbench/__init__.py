@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from leakbench.errors import NotGranted as NotGranted
     from leakbench.errors import UserError as UserError
     from leakbench.knowledge import Knowledge as Knowledge
+    from leakbench.models.functional import Model as Model
     from leakbench.observation import Cohort as Cohort
     from leakbench.observation import Observation as Observation
     from leakbench.suites import load_suite as load_suite
@@ -33,6 +34,7 @@ _HOMES = {
     "DefenseContext": "leakbench.defense",
     "Knowledge": "leakbench.knowledge",
     "LeakbenchError": "leakbench.errors",
+    "Model": "leakbench.models.functional",
     "NotApplicable": "leakbench.errors",
     "NotGranted": "leakbench.errors",
     "Observation": "leakbench.observation",

@@ -127,19 +127,20 @@ class Observation(Knowledge):
         honest, planted = super().model, self._seen.planted
         return planted[round_index].model_of(client) if planted else honest
 
-    def isolated(self, update: Mapping[str, Tensor], client: int) -> Observation:
+    def isolated(self, update: Mapping[str, Tensor], client: int, round_index: int = -1) -> Observation:
         """Return what would be seen if client ``client`` had sent ``update`` on its own, so that any attack can run.
 
         Args:
             update: (T, *shape) by name, in the units of what is sent.
             client: Which one, from 0; its model and its number of examples are taken.
+            round_index: The round whose model it is.
         """
         seen, each = self._seen, self._facts.client_sizes
-        own = None if each is None else each[client]
+        own = self._facts.inputs_per_client if each is None else each[client]
         facts = replace(
             self._facts,
             clients=1,
-            client_sizes=None if own is None else (own,),
+            client_sizes=None,
             inputs_per_client=own,
             batch_size=None if own is None else own // self._facts.protocol.local_batches,
             protocol=self._facts.protocol.model_copy(update={"clients": 1, "weighting": "equal"}),
@@ -152,7 +153,7 @@ class Observation(Knowledge):
             ),
             facts=facts,
             random=self._random.at("client", client),
-            model=None if self._model is None else self.client_model(client),
+            model=None if self._model is None else self.client_model(client, round_index),
             auxiliary=self._auxiliary,
             defense=self._defense,
             report=self._report,

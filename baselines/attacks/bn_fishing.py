@@ -11,7 +11,7 @@ from leakbench_baselines.attacks.random_image import uniform_pixels
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from leakbench import Attack, Cohort, Knowledge, NotApplicable, Observation, Recovery, UserError, register
+from leakbench import Attack, Cohort, Knowledge, Model, NotApplicable, Observation, Recovery, UserError, register
 
 PLANT = "plant/"
 DESIGNS = ("auto", "blocks", "selected")
@@ -109,7 +109,7 @@ class BNFishing(Attack):
 
     def plant(
         self,
-        model: object,  # noqa: ARG002
+        model: Model,  # noqa: ARG002
         cohort: Cohort,
         history: Sequence[Mapping[str, Tensor]],  # noqa: ARG002
     ) -> dict[str, Tensor]:

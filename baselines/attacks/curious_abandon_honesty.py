@@ -11,7 +11,7 @@ from leakbench_baselines.attacks.analytic import Analytic
 from leakbench_baselines.attacks.spear import dense_first_layer
 from torch import Tensor
 
-from leakbench import Attack, Cohort, Knowledge, Observation, Recovery, UserError, register
+from leakbench import Attack, Cohort, Knowledge, Model, Observation, Recovery, UserError, register
 
 
 @register("curious_abandon_honesty", version=1)
@@ -59,7 +59,7 @@ class CuriousAbandonHonesty(Attack):
 
     def plant(
         self,
-        model: object,  # noqa: ARG002
+        model: Model,  # noqa: ARG002
         cohort: Cohort,
         history: Sequence[Mapping[str, Tensor]],  # noqa: ARG002
     ) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from leakbench_baselines.attacks.random_image import uniform_pixels
 from torch import Tensor
 
-from leakbench import Cohort, Knowledge, NotApplicable, Observation, Recovery, UserError, register
+from leakbench import Cohort, Knowledge, Model, NotApplicable, Observation, Recovery, UserError, register
 from leakbench.inversion import (
     Adam,
     Comparison,
@@ -23,7 +23,6 @@ from leakbench.inversion import (
     Rows,
     TotalVariation,
 )
-from leakbench.models.functional import Model
 
 MODES = ("class", "feature")
 PROBES = 64

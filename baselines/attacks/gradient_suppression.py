@@ -12,9 +12,8 @@ from leakbench_baselines.attacks.random_image import uniform_pixels
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from leakbench import Attack, Cohort, Knowledge, NotApplicable, Observation, Recovery, UserError, register
-from leakbench.inversion.labels import LabelSource
-from leakbench.models.functional import Model
+from leakbench import Attack, Cohort, Knowledge, Model, NotApplicable, Observation, Recovery, UserError, register
+from leakbench.inversion import LabelSource
 
 PLANT = "plant/"
 PROBES = 16
@@ -158,7 +157,7 @@ class GradientSuppression(Attack):
             update = {name: start[name] + (value - start[name]) / weight for name, value in update.items()}
         else:
             update = {name: value / weight for name, value in update.items()}
-        return observation.isolated(update, target).with_prepared(observation.prepared)
+        return observation.isolated(update, target, index).with_prepared(observation.prepared)
 
 
 def _planted(prepared: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from leakbench_baselines.attacks.robbing_the_fed import SURE, best_rows, bin_edges
 from torch import Tensor
 
-from leakbench import Attack, Cohort, Knowledge, Observation, Recovery, UserError, register
+from leakbench import Attack, Cohort, Knowledge, Model, Observation, Recovery, UserError, register
 
 
 @register("loki", version=1)
@@ -66,7 +66,7 @@ class Loki(Attack):
 
     def plant(
         self,
-        model: object,  # noqa: ARG002
+        model: Model,  # noqa: ARG002
         cohort: Cohort,
         history: Sequence[Mapping[str, Tensor]],  # noqa: ARG002
     ) -> dict[str, Tensor]:

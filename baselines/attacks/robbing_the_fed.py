@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leakbench import Attack, Cohort, Knowledge, Observation, Recovery, UserError, register
+from leakbench import Attack, Cohort, Knowledge, Model, Observation, Recovery, UserError, register
 
 MEASURES = ("mean", "cosine", "random")
 NARROWEST = 1e-4
@@ -100,7 +100,7 @@ class RobbingTheFed(Attack):
 
     def plant(
         self,
-        model: object,  # noqa: ARG002
+        model: Model,  # noqa: ARG002
         cohort: Cohort,
         history: Sequence[Mapping[str, Tensor]],  # noqa: ARG002
     ) -> dict[str, Tensor]:

@@ -195,6 +195,11 @@ def _number(cell: Cell, column: str) -> float:
     return float(cell.tried[column].astype(float).mean())
 
 
+def _inserted(cell: Cell) -> str | None:
+    known = cell.rows["inserted"].dropna()
+    return None if known.empty else str(known.iloc[0])
+
+
 def _status(status: str) -> BoardColumn:
     return BoardColumn(status, f"trials with status {status}", lambda c: c.count(status))
 
@@ -228,6 +233,7 @@ COLUMNS: tuple[BoardColumn, ...] = (
     BoardColumn(
         "planted_share", "mean share of the parameters that were replaced", lambda c: _number(c, "planted_share")
     ),
+    BoardColumn("inserted", "module that was inserted in front of the net", _inserted),
     BoardColumn("refused", "mean share of the clients that refused", lambda c: _number(c, "refused")),
     BoardColumn("seconds", "wall seconds of the attack per trial", lambda c: c.tried["wall_seconds"].mean()),
     BoardColumn("isolation", "isolation levels of the rows", lambda c: ", ".join(sorted(set(c.rows["isolation"])))),

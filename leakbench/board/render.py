@@ -73,6 +73,10 @@ def _trials(line: Line) -> str:
     return "n/a" if line["not_applicable"] else "unavailable"
 
 
+def _detected(line: Line) -> str:
+    return _number(line["detected"], "labels") + ("+" if line["inserted"] and not pd.isna(line["detected"]) else "")
+
+
 def _known(column: str) -> Callable[[pd.DataFrame], bool]:
     return lambda table: bool(table[column].notna().any())
 
@@ -88,7 +92,7 @@ VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("empty", lambda c: _number(c["empty"], c["target"]), shown=_known("empty")),
     ViewColumn("{edge}", _edge),
     ViewColumn("{exact}", lambda c: _number(c[EXACT[c["target"]]], "labels"), shown=_known("detected")),
-    ViewColumn("detected", lambda c: _number(c["detected"], "labels"), shown=_known("detected")),
+    ViewColumn("detected", _detected, shown=_known("detected")),
     ViewColumn(
         "D-SNR", lambda c: "-" if pd.isna(c["d_snr"]) else f"{c['d_snr']:.2g}", shown=_known("detected"), wide=True
     ),
@@ -209,6 +213,7 @@ def tables(board: pd.DataFrame, *, wide: bool = True) -> Iterator[Table]:
             + ("; empty: the same attack on an update that carries nothing" if task["empty"].notna().any() else "")
             + (
                 "; detected: share of trials in which a client's plain checks would notice the planted model"
+                + ("; +: beside a module inserted in front of the net" if _known("inserted")(task) else "")
                 if _known("detected")(task)
                 else "; ms: milliseconds per trial"
             )

@@ -1,6 +1,7 @@
 """The shared engine of optimisation attacks: a published attack names its objective, priors, optimiser and start."""
 
 from leakbench.inversion.engine import Inversion, InversionAttack
+from leakbench.inversion.labels import LabelSource
 from leakbench.inversion.networks import ConvolutionalPrior
 from leakbench.inversion.objectives import (
     Comparison,
@@ -41,6 +42,7 @@ __all__ = [
     "InversionAttack",
     "JointScale",
     "L2Norm",
+    "LabelSource",
     "Masked",
     "MeanNorm",
     "Objective",
