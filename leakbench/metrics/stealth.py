@@ -254,7 +254,8 @@ def _example_norms(model: Model, inputs: Tensor, labels: Tensor) -> Tensor:
         x, y = inputs[first : first + size], labels[first : first + size]
         if can_tap(model, names):
             taps, _ = tap(model, x, functools.partial(_loss, labels=y), names, create_graph=False)
-            norms = [_tapped_norm(taps[layer_of(name)]) for name in names]
+            with torch.no_grad():  # what passed a layer still knows its whole net
+                norms = [_tapped_norm(taps[layer_of(name)]) for name in names]
         else:
             norms = [_norms(value) for value in per_trial_gradients(model, x, y, names=names).tensors.values()]
         rows.append(torch.stack(norms, 1).double())
