@@ -168,6 +168,8 @@ class Exchange:
                 expected |= {f"{SHOWN}{n}": (trials, *v.shape[1:]) for n, v in self.weights.parameters.items()}
             if got != expected:
                 raise InvalidOutput(f"sent tensors {_brief(got)}, expected {_brief(expected)}")
+        # A client can do nothing about a model that overflows: whoever planted it is to blame.
+        with blaming("attack.plant" if planted else "client"):
             for name, tensor in tensors.items():
                 if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                     raise InvalidOutput(f"the update's {name!r} is not finite")
@@ -282,7 +284,8 @@ class Exchange:
             for name, tensor in planted.items():
                 if name not in parameters or tensor.shape[1:] != parameters[name].shape[1:]:
                     raise InvalidOutput(f"{name!r} with shape {tuple(tensor.shape)} is no model parameter")
-                if tensor.shape[0] not in leading or not bool(torch.isfinite(tensor).all()):
+                finite = tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
+                if tensor.shape[0] not in leading or not finite:
                     raise InvalidOutput(f"{name!r} must be finite with a leading dimension in {sorted(leading)}")
         self.outcome.planted.append(planted)
         return message.blobs["planted"]
