@@ -90,6 +90,8 @@ class References(Part):
     """Trials per cell with ``--quick``."""
     common: Where = Field(default_factory=dict)
     """Columns that all figures share."""
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics of the cells without a figure; the target's headline where empty."""
     figures: list[Figure] = Field(default_factory=list)
     """The figures."""
 
@@ -122,7 +124,7 @@ def load_references(name: str) -> References:
     for key in (key for condition in conditions for key in condition):
         if key not in columns:
             raise UserError(f"{path}: {unknown('row column', key, columns)}")
-    for metric in (metric for figure in references.figures for metric in figure.values):
+    for metric in (*references.metrics, *(metric for figure in references.figures for metric in figure.values)):
         if metric not in METRICS:
             raise UserError(f"{path}: {unknown('metric', metric, METRICS)}")
     return references
@@ -135,7 +137,7 @@ def is_quick(cell: Cell, references: References) -> bool:
 
 
 def compare(rows: pd.DataFrame, references: References, *, whole: bool = True) -> pd.DataFrame:
-    """Return one line per figure, and one per cell without a figure (with the target's headline metric).
+    """Return one line per figure, and of every cell without a figure one per metric to show.
 
     A figure agrees if it differs from ours by no more than sampling explains: 1.96 standard deviations of the
     difference of two means with our spread of trials and, where it can be told, of models, plus the figure's rounding.
@@ -163,7 +165,8 @@ def compare(rows: pd.DataFrame, references: References, *, whole: bool = True) -
     lines.sort(key=lambda line: order[line["setting"]])
     for i, part in enumerate(cells):
         if i not in used:
-            lines.append(_line(part, headline(part["target"].iloc[0]).name, None))
+            shown = references.metrics or [headline(part["target"].iloc[0]).name]
+            lines += [_line(part, metric, None) for metric in shown]
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
