@@ -42,7 +42,7 @@ class DetectAndAbort(Defense):
     def __init__(
         self,
         *,
-        least_norm_scale: float = 1e-2,
+        least_norm_scale: float = 0.03,
         logit_spread: float = 5e-7,
         dead_gradient_share: float = 0.5,
         head_gradient_rank: float = 1.0,

@@ -38,7 +38,7 @@ class Thresholds:
     because no client sees that alone.
 
     Args:
-        least_norm_scale: Refuse below it. Fresh layers have 1, and training moves the largest of a layer little.
+        least_norm_scale: Refuse below it. Fresh layers have 1, and training moves the largest of a layer little; .03 keeps clear of a preset of .01.
         logit_spread: Refuse below it: a few roundings of float32.
         dead_gradient_share: Refuse above it.
         head_gradient_rank: Refuse below it. At 1 only a last layer without any gradient is refused: honest nets may
@@ -48,7 +48,7 @@ class Thresholds:
         parameter_distance: Refuse above it. One round should move the model by less than ten times its norm.
     """
 
-    least_norm_scale: float = 1e-2
+    least_norm_scale: float = 0.03
     logit_spread: float = 5e-7
     dead_gradient_share: float = 0.5
     head_gradient_rank: float = 1.0
