@@ -38,7 +38,8 @@ class Thresholds:
     because no client sees that alone.
 
     Args:
-        least_norm_scale: Refuse below it. Fresh layers have 1, and training moves the largest of a layer little; .03 keeps clear of a preset of .01.
+        least_norm_scale: Refuse below it. Fresh layers have 1, and training moves the
+            largest of a layer little; .03 keeps clear of a preset of .01.
         logit_spread: Refuse below it: a few roundings of float32.
         dead_gradient_share: Refuse above it.
         head_gradient_rank: Refuse below it. At 1 only a last layer without any gradient is refused: honest nets may
