@@ -171,6 +171,12 @@ class Knowledge:
         return torch.tensor(self._grant("batch_size", sizes), device=self._random.device)
 
     @property
+    def total_inputs(self) -> int:
+        """Examples behind one update, of all clients together."""
+        sizes = self._facts.client_sizes
+        return self.inputs_per_client * self.clients if sizes is None else sum(sizes)
+
+    @property
     def client_weights(self) -> Tensor:
         """(K,) float64 weights of the clients' updates in the aggregate; they sum to 1."""
         if self._facts.protocol.weighting == "equal":

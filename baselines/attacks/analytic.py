@@ -56,7 +56,7 @@ class Analytic(Attack):
         weight, bias = _scaled(*first_layer_gradients(observation, observation.model.parameter_names[:2]))
         shape = observation.input_spec.shape
         low, high = (bound.to(weight).expand(shape).flatten() for bound in observation.bounds)
-        total = observation.inputs_per_client * observation.clients
+        total = observation.total_inputs
         if total == 1:
             found = _combine(weight, bias, torch.ones_like(bias))
         else:

@@ -70,6 +70,6 @@ class BiasCount(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Estimate and round label counts (T, 1, C)."""
-        total = observation.inputs_per_client * observation.clients
+        total = observation.total_inputs
         p = observation.prepared.get("p", torch.tensor(1 / observation.num_classes))
         return Recovery(label_counts=round_to_total(p - observation.mean_head_bias.double(), total)[:, None])

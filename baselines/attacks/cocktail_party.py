@@ -83,7 +83,7 @@ class CocktailParty(Attack):
         size = weight.abs().amax((1, 2))
         size = size.where((size > 0) & size.isfinite(), 1)
         rows, bias = (weight / size[:, None, None]).nan_to_num(), (bias / size[:, None]).nan_to_num()
-        count = min(observation.inputs_per_client * observation.clients, *rows.shape[1:])
+        count = min(observation.total_inputs, *rows.shape[1:])
         whiten = whitening(rows, count)
         shape = observation.input_spec.shape
         mixed = (whiten @ rows).float()

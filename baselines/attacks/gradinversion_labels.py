@@ -42,7 +42,7 @@ class GradInversionLabels(Attack):
     def run(self, observation: Observation) -> Recovery:
         """Return label counts (T, 1, C), none above 1."""
         lowest = head_rows(observation).amin(-1)
-        total = observation.inputs_per_client * observation.clients
+        total = observation.total_inputs
         if self.rule == "negative":
             counts = (lowest < 0).long()
         else:

@@ -59,8 +59,6 @@ class IDLG(InversionAttack):
         if observation.target == "inputs":
             return super().run(observation)
         g = head_rows(observation).sum(-1)
-        if observation.inputs_per_client * observation.clients == 1:
-            counts = F.one_hot(g.argmin(1), observation.num_classes)
-        else:
-            counts = (g < 0).long()
+        single = observation.total_inputs == 1
+        counts = F.one_hot(g.argmin(1), observation.num_classes) if single else (g < 0).long()
         return Recovery(label_counts=counts[:, None])

@@ -87,7 +87,7 @@ class ILRG(Attack):
         weight, bias = observation.mean_head_weight.double(), observation.mean_head_bias.double()
         embeddings = class_embeddings(weight, bias)
         logits = embeddings @ parameters[f"{head}.weight"].double().mT + parameters[f"{head}.bias"].double()[:, None]
-        total = observation.inputs_per_client * observation.clients
+        total = observation.total_inputs
         solution = solve_counts(logits.softmax(-1).nan_to_num(), bias, total).nan_to_num()
         if self.repair:
             counts = round_to_total(solution, total)

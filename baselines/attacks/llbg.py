@@ -92,6 +92,6 @@ class LLBG(Attack):
     def run(self, observation: Observation) -> Recovery:
         """Extract label counts (T, 1, C)."""
         g = observation.mean_head_bias
-        total = observation.inputs_per_client * observation.clients
+        total = observation.total_inputs
         counts = counts_from_bias(g, torch.full_like(g[0], self.gamma), total)
         return Recovery(label_counts=counts[:, None])

@@ -52,7 +52,7 @@ class LLBGAux(Attack):
     def run(self, observation: Observation) -> Recovery:
         """Extract label counts (T, 1, C)."""
         g = observation.mean_head_bias
-        total = observation.inputs_per_client * observation.clients
+        total = observation.total_inputs
         confidence = observation.prepared["confidence"]
         counts = counts_from_bias(g, confidence.expand(len(g), -1), total)
         return Recovery(label_counts=counts[:, None])

@@ -100,5 +100,5 @@ class LLG(Attack):
     def run(self, observation: Observation) -> Recovery:
         """Extract label counts (T, 1, C)."""
         g = head_rows(observation).sum(-1)
-        total = observation.inputs_per_client * observation.clients
+        total = observation.total_inputs
         return Recovery(label_counts=extract_counts(g, impact_of_negatives(g, total), total)[:, None])

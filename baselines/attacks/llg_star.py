@@ -64,7 +64,7 @@ def impact_and_offset(signals: Tensor, owned: Tensor) -> dict[str, Tensor]:
 def counts_by_impact(observation: Observation, *, capped: bool) -> Tensor:
     """Extract label counts (T, C) with the prepared ``impact`` and ``offset``."""
     g = observation.mean_head_weight.sum(-1)
-    total = observation.inputs_per_client * observation.clients
+    total = observation.total_inputs
     # The signal is a mean over all examples behind the update: an occurrence is one of them, an offset is one for all.
     impact = (observation.prepared["impact"] / total).expand(len(g))
     offset = observation.prepared["offset"].expand_as(g)

@@ -28,5 +28,5 @@ class MeanImage(Attack):
     def run(self, observation: Observation) -> Recovery:
         """Claim the mean for all inputs (T, K * N, *input_shape)."""
         mean = observation.prepared["mean"]
-        candidates = observation.inputs_per_client * observation.clients
+        candidates = observation.total_inputs
         return Recovery(inputs=mean.expand(observation.trials, candidates, *mean.shape))

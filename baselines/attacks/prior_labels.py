@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from scipy.stats import binom
+from torch import Tensor
 
 from leakbench import Attack, Observation, Recovery, register
 
@@ -26,9 +27,15 @@ class PriorLabels(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Return the same label counts (T, K, C) for every trial and client."""
-        inputs, classes = observation.inputs_per_client, observation.num_classes
-        times = torch.arange(inputs)[:, None]
-        probability = torch.as_tensor(binom.sf(times, inputs, observation.class_prior))  # of more than `times`, (N, C)
-        best = probability.flatten().argsort(descending=True, stable=True)[:inputs]  # fewer occurrences win ties
-        counts = torch.bincount(best % classes, minlength=classes)
-        return Recovery(label_counts=counts.expand(observation.trials, observation.clients, -1))
+        sizes = observation.client_sizes.tolist()
+        best = {inputs: _best(inputs, observation.class_prior) for inputs in set(sizes)}
+        counts = torch.stack([best[inputs] for inputs in sizes])
+        return Recovery(label_counts=counts.expand(observation.trials, -1, -1))
+
+
+def _best(inputs: int, prior: Tensor) -> Tensor:
+    """Return the best counts (C,) for ``inputs`` labels."""
+    times = torch.arange(inputs)[:, None]
+    probability = torch.as_tensor(binom.sf(times, inputs, prior))  # of more than `times`, (N, C)
+    best = probability.flatten().argsort(descending=True, stable=True)[:inputs]  # fewer occurrences win ties
+    return torch.bincount(best % len(prior), minlength=len(prior))

@@ -29,5 +29,5 @@ class RandomImage(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Draw inputs (T, K * N, *input_shape)."""
-        candidates = observation.inputs_per_client * observation.clients
+        candidates = observation.total_inputs
         return Recovery(inputs=uniform_pixels(observation, candidates, torch.float32))

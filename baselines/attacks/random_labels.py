@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Attack, Observation, Recovery, register
@@ -22,5 +23,8 @@ class RandomLabels(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Draw label counts (T, K, C)."""
-        guesses = observation.randint(observation.num_classes, observation.clients, observation.inputs_per_client)
-        return Recovery(label_counts=F.one_hot(guesses, observation.num_classes).sum(2))
+        sizes = observation.client_sizes
+        guesses = observation.randint(observation.num_classes, observation.clients, int(sizes.max()))
+        drawn = F.one_hot(guesses, observation.num_classes)
+        held = torch.arange(drawn.shape[2], device=drawn.device) < sizes[:, None]
+        return Recovery(label_counts=(drawn * held[..., None]).sum(2))

@@ -97,7 +97,7 @@ class RLG(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Return label counts (T, 1, C), none above 1."""
-        columns = class_columns(head_rows(observation), observation.inputs_per_client * observation.clients)
+        columns = class_columns(head_rows(observation), observation.total_inputs)
         apart, not_apart = certificates(columns)
         values = columns.cpu().numpy()
         # An active-set method changes its size at every step and has no batched form; few classes get here.

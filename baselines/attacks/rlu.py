@@ -58,7 +58,7 @@ class RLU(Attack):
     def run(self, observation: Observation) -> Recovery:
         """Estimate label counts (T, 1, C)."""
         db = observation.mean_head_bias.double()
-        total = observation.inputs_per_client * observation.clients
+        total = observation.total_inputs
         confidence = observation.prepared["e"].expand_as(db)
         if observation.local_steps > 1:
             confidence = (confidence * self._drift(observation, db, total)).clamp(max=1)

@@ -164,7 +164,7 @@ class Spear(Attack):
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
         """Decline nets that do not start with a dense layer and a ReLU, and batches beyond reach."""
-        total = knowledge.inputs_per_client * knowledge.clients
+        total = knowledge.total_inputs
         if total > self.max_batch:
             raise NotApplicable(f"{total} inputs: the search is exponential in their number, at most {self.max_batch}")
         dense_first_layer(knowledge, relu=True)
@@ -174,7 +174,7 @@ class Spear(Attack):
         """Invert the first layer trial by trial: how many draws a trial takes is known only while drawing."""
         names = observation.model.parameter_names[:2]
         low, high = observation.bounds
-        total, trials = observation.inputs_per_client * observation.clients, observation.trials
+        total, trials = observation.total_inputs, observation.trials
         weight, bias = (observation.model.parameters[name].double() for name in names)
         rounding = ROUNDING * torch.finfo(observation.update[names[0]].dtype).eps
         seeds = observation.randint(1 << 62, 1).flatten().tolist()

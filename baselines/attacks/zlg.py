@@ -55,7 +55,7 @@ def estimated_counts(observation: Observation, confidence: Tensor, mass_inverse:
         confidence: (M, C) mean probabilities p.
         mass_inverse: (M, 1) of the mean sum O of the last layer's inputs.
     """
-    total = observation.inputs_per_client * observation.clients
+    total = observation.total_inputs
     share = confidence - observation.mean_head_weight.double().sum(-1) * mass_inverse
     # Where no feature is active O is 0, and dW with it.
     counts: Tensor = round_to_total(share.nan_to_num(0.0, HUGE, -HUGE), total)

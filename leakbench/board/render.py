@@ -74,7 +74,9 @@ def _trials(line: Line) -> str:
 
 
 def _detected(line: Line) -> str:
-    return _number(line["detected"], "labels") + ("+" if line["inserted"] and not pd.isna(line["detected"]) else "")
+    return _number(line["detected"], "labels") + (
+        "+" if isinstance(line["inserted"], str) and not pd.isna(line["detected"]) else ""
+    )
 
 
 def _known(column: str) -> Callable[[pd.DataFrame], bool]:

@@ -258,7 +258,7 @@ class AttackRole:
             planted=self.planted,
         )
         observation = Observation(seen, **self.knowledge)
-        recovery = self.shape.check(self.attack.run(observation), type(self.attack).recovers)
+        recovery = self.shape.check(self.attack.run(observation), frozenset({observation.target}))
         evaluations = recovery.model_evaluations
         count = observation.evaluations if evaluations is None else evaluations
         return "recovery", {"model_evaluations": int(count)}, {"recovery": recovery.tensors()}

@@ -69,6 +69,7 @@ class Exchange:
         self.shows = job.task.threat_model.weights and any(
             "broadcast" in part.description.acts_on for part in job.defense
         )
+        self.plants = job.attack.description.plants and job.task.threat_model.change_parameters
         self.stack = ExitStack()
 
     def run(self) -> None:
@@ -83,16 +84,14 @@ class Exchange:
             self._converse()
 
     def _converse(self) -> None:
-        job, threat = self.job, self.task.threat_model
         attack = self._attack_child(self._prepared(), preparing=False)
         client = self._client_child()
         self._await(attack, "attack", GRACE_SECONDS)
         self._await(client, "client", self._client_seconds())
-        plants = job.attack.description.plants and threat.change_parameters
         updates: list[Blob] = []
-        for index in range(job.task.protocol.rounds):
+        for index in range(self.task.protocol.rounds):
             planted: dict[str, Blob] = {}
-            if plants:
+            if self.plants:
                 planted = {"planted": self._plant(attack, updates)}
             updates.append(self._update(client, index, planted))
         client.close(wait=False)
@@ -180,7 +179,7 @@ class Exchange:
         """Start the attack with what the threat model grants; a preparing one sees nothing of the victims."""
         job, task, threat = self.job, self.task, self.task.threat_model
         trials = list(range(len(self.weights.draws))) if preparing else list(job.trials)
-        limit = self._recovery_limit()
+        limit = max(self._recovery_limit(), self._plant_limit() if self.plants else 0)
         child = self.stack.enter_context(self.shop.spawn(job, max(limit, PREPARED_BYTES) if preparing else limit))
         if preparing:
             # By the weights alone, so that a model's artefact does not depend on which others are in the block.
@@ -266,8 +265,6 @@ class Exchange:
         """Get the parameters that a malicious server replaces, and check that it may."""
         parameters, threat = self.weights.parameters, self.task.threat_model
         history = {f"update{i}": blob for i, blob in enumerate(updates)}
-        clients = self.task.protocol.clients
-        several = clients if clients > 1 else len(self.job.trials)
         message = ask(
             attack,
             "plant",
@@ -275,10 +272,10 @@ class Exchange:
             history,
             expect="planted",
             seconds=self._attack_seconds(),
-            limit=self.weights.numel(parameters) * 8 * several + SLACK_BYTES,
+            limit=self._plant_limit(),
             who="attack.plant",
         )
-        leading = {1, several} if threat.per_client else {1}
+        leading = {1, self._several} if threat.per_client else {1}
         with blaming("attack.plant"):
             planted = message.tensors("planted")
             for name, tensor in planted.items():
@@ -327,6 +324,15 @@ class Exchange:
     def _client_seconds(self) -> float:
         updates = len(self.job.trials) * self.task.protocol.clients * self.task.protocol.local_steps
         return CLIENT_SECONDS_PER_TRIAL * updates + GRACE_SECONDS
+
+    @property
+    def _several(self) -> int:
+        """How many different models there may be: K, or where K = 1 as many as trials."""
+        clients = self.task.protocol.clients
+        return clients if clients > 1 else len(self.job.trials)
+
+    def _plant_limit(self) -> int:
+        return 8 * self._several * self.weights.numel(self.weights.parameters) + SLACK_BYTES
 
     def _recovery_limit(self) -> int:
         clients = self.task.protocol.clients
