@@ -255,7 +255,8 @@ class Attack(Entry, ABC):
 
         Returns:
             Only the parameters it replaces, each with a leading dimension of 1 (all clients) or K (one per client;
-            needs ``per_client``). Where K = 1 every trial is a client, so that it may also be T.
+            needs ``per_client``). Where K = 1 every trial is a client, so that it may also be T; behind an aggregate
+            all trials get the same, whatever weights each has of its own.
         """
         return {}
 

@@ -83,8 +83,8 @@ class Defense(Entry):
     def accept(self, ctx: DefenseContext) -> Tensor:
         """Decide whether the client takes part, (T,) bool, given what it got; called once a round, before training.
 
-        A client that refuses sends zeros. See ``ctx.model``, ``ctx.previous``, ``ctx.digests``; ``ctx.inputs`` and
-        ``ctx.labels`` are its first local batch.
+        A client that refuses sends nothing new, zeros or the weights it got, then and in all later rounds. See
+        ``ctx.model``, ``ctx.previous``, ``ctx.digests``; ``ctx.inputs`` and ``ctx.labels`` are its first local batch.
         """
         return torch.ones(ctx.inputs.shape[0], dtype=torch.bool, device=ctx.inputs.device)
 

@@ -37,6 +37,7 @@ class Facts:
         batch_size: B; the mean, rounded up, where clients differ.
         inputs_per_client: N; the mean, rounded up, where clients differ.
         client_sizes: (K,) examples behind each client's update.
+        local_batches: Distinct batches of a client; known with the batch size.
         class_prior: (C,) class frequencies of the data source.
         wall_seconds: Time the whole block may take.
         model_evaluations: Gradient evaluations per trial that the budget allows; None is unlimited.
@@ -52,6 +53,7 @@ class Facts:
     batch_size: int | None = None
     inputs_per_client: int | None = None
     client_sizes: tuple[int, ...] | None = None
+    local_batches: int = 1
     class_prior: tuple[float, ...] | None = None
     wall_seconds: float | None = None
     model_evaluations: int | None = None

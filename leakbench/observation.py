@@ -130,6 +130,8 @@ class Observation(Knowledge):
     def isolated(self, update: Mapping[str, Tensor], client: int, round_index: int = -1) -> Observation:
         """Return what would be seen if client ``client`` had sent ``update`` on its own, so that any attack can run.
 
+        BatchNorm statistics that were granted beyond the server's own are those of the aggregate, and not handed on.
+
         Args:
             update: (T, *shape) by name, in the units of what is sent.
             client: Which one, from 0; its model and its number of examples are taken.
@@ -142,7 +144,8 @@ class Observation(Knowledge):
             clients=1,
             client_sizes=None,
             inputs_per_client=own,
-            batch_size=None if own is None else own // self._facts.protocol.local_batches,
+            batch_size=None if own is None else own // self._facts.local_batches,
+            granted=self._facts.granted - ({"bn_statistics"} if seen.statistics else set()),
             protocol=self._facts.protocol.model_copy(update={"clients": 1, "weighting": "equal"}),
         )
         alone = Observation(
@@ -191,14 +194,21 @@ class Observation(Knowledge):
         order = batch_order(self._facts.protocol, self.batch_size).to(self._random.device)
         return order.expand(self.trials, self.clients, -1, -1)
 
-    def difference(self, update: Mapping[str, Tensor], *, model: Model | None = None) -> dict[str, Tensor]:
+    def difference(
+        self, update: Mapping[str, Tensor], *, model: Model | None = None, round_index: int = -1
+    ) -> dict[str, Tensor]:
         """Return what an update changed; see `Knowledge.difference`.
 
         Where clients got different models and sent weights, their mean is what the aggregate started from.
+
+        Args:
+            update: One of `updates`, or what `simulate` returned.
+            model: The model they received; that of the round where None.
+            round_index: Which of `updates` it is.
         """
         planted = self._seen.planted
-        if model is None and self.sends == "weights" and planted and planted[-1].differs:
-            model = planted[-1].mean(self.client_weights)
+        if model is None and self.sends == "weights" and planted:
+            model = planted[round_index].mean(self.client_weights)
         return super().difference(update, model=model)
 
     @property
@@ -226,7 +236,10 @@ class Observation(Knowledge):
 
     @property
     def mean_head_weight(self) -> Tensor:
-        """(T, C, d) `head_weight` per local step and example: the mean loss's gradient, averaged over local steps."""
+        """(T, C, d) `head_weight` per local step and example: the mean loss's gradient, averaged over local steps.
+
+        Of clients that differ in size: weighted as in the aggregate, under a summed loss by examples on top.
+        """
         return self.head_weight / self._examples_per_unit
 
     @property
@@ -235,11 +248,12 @@ class Observation(Knowledge):
         return self.head_bias / self._examples_per_unit
 
     @property
-    def _examples_per_unit(self) -> int:
+    def _examples_per_unit(self) -> float:
         if self._facts.protocol.reduction == "mean":
             return self.local_steps
-        parts = () if self._defense is None else self._defense.parts
-        return self.local_steps * math.ceil(self.batch_size / math.prod(part.merges for part in parts))
+        merged = math.prod(part.merges for part in (() if self._defense is None else self._defense.parts))
+        batches = (self.client_sizes / self._facts.local_batches / merged).ceil()
+        return self.local_steps * float(self.client_weights @ batches.double())
 
     def _head(self, part: str) -> Tensor:
         name = f"{self.model.head}.{part}"

@@ -146,10 +146,15 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field(
         "planted_share",
         _FLOAT,
-        "Share of the parameters that the attack replaced; null: it planted none",
+        "Share of the parameters that the attack replaced; null: none, or it failed",
         nullable=True,
     ),
-    Field("planted_tensors", _TEXT, "Names of the parameters that it replaced, JSON; null: none", nullable=True),
+    Field(
+        "planted_tensors",
+        _TEXT,
+        "Names of the parameters that it replaced, JSON; null: none, or it failed",
+        nullable=True,
+    ),
     Field("draw", _INT, "Number of the init or checkpoint that the trial uses"),
     Field("distinct_labels", _INT, "Distinct labels among the victim's; null: not drawn", nullable=True),
     Field("max_label_count", _INT, "Count of the victim's most frequent label; null: not drawn", nullable=True),
@@ -181,7 +186,13 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field(
         "refused",
         _FLOAT,
-        "Share of the clients that refused the model, in the last round; null: no update",
+        "Share of the clients that refused a model, in any round; null: no update",
+        nullable=True,
+    ),
+    Field(
+        "attributed",
+        _BOOL,
+        "Whether label counts were claimed client by client, not of all clients together; null: no such claim",
         nullable=True,
     ),
     Field("feature_checkpoint", _TEXT, "Architecture:sha256 of the net behind feature_distance", nullable=True),

@@ -103,7 +103,8 @@ class BatchSpec(Part):
         if isinstance(sizes, list | tuple) and sizes and all(type(size) is int for size in sizes):
             if fields.get("size", max(sizes)) != max(sizes):
                 raise ValueError(f"size: leave it out, or give the largest of sizes, {max(sizes)}")
-            return {**fields, "size": max(sizes), "sizes": tuple(sizes)}
+            one = len(set(sizes)) == 1  # one law, one hash, one draw of victims
+            return {**fields, "size": max(sizes), "sizes": None if one else tuple(sizes)}
         return fields
 
     def of_client(self, client: int) -> BatchSpec:
@@ -371,6 +372,8 @@ class Task(Part):
     def _clients_without_aggregation_are_trials(self) -> Task:
         if self.protocol.clients > 1 and not self.protocol.secure_aggregation:
             raise ValueError("clients > 1 needs secure_aggregation: true; without it each client is a trial of its own")
+        if len(self.batch.sizes or ()) > self.protocol.clients:
+            raise ValueError(f"sizes: expected at most one per client, {self.protocol.clients}, got {self.batch.sizes}")
         if self.batch.sizes is not None and self.protocol.batches == "epochs":
             raise ValueError("sizes: clients that differ need batches: fresh or same, not epochs")
         return self

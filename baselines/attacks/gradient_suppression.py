@@ -26,9 +26,9 @@ class GradientSuppression(Attack):
 
     A large negative bias, or shift of a normalisation layer, below the last activation makes all features 0: a client's
     gradients vanish but for the last layer's bias, which is left unread. What is read of the aggregate is the target's
-    update times its weight; a passive attack then takes it for a single client's. In round r the target is client r,
-    so that K rounds give every client's labels; clients whose turn did not come get the class prior. Inputs are those
-    of the last round's target.
+    update times its weight; a passive attack then takes it for a single client's. In round r the target is client r, so
+    that K rounds give every client's labels; clients whose turn did not come, or who sent nothing, get the class prior.
+    Inputs are those of the last round's target.
 
     Sees: gradient of the last layer's weight, or its change over local steps (a dead layer stays dead, so any number of
     steps); batch sizes; weights. For inputs: all layers but the last one's bias.
@@ -118,9 +118,12 @@ class GradientSuppression(Attack):
         counts = [guess.expand(observation.trials, classes).to(observation.model.device) for guess in guessed]
         found = []
         for index in range(min(rounds, observation.clients)):
-            labels = self.source.labels(self._alone(observation, index))
+            alone = self._alone(observation, index)
+            labels = self.source.labels(alone)
             assert labels is not None  # noqa: S101 - not joint
-            found.append(F.one_hot(labels, classes).sum(1))
+            silent = torch.stack([(v == 0).flatten(1).all(1) for v in alone.difference(alone.update).values()]).all(0)
+            guess = round_to_total(prior[None], sizes[index]).to(labels.device)
+            found.append(torch.where(silent[:, None], guess, F.one_hot(labels, classes).sum(1)))
         return Recovery(label_counts=torch.stack([*found, *counts], 1))
 
     def _silencer(self, knowledge: Knowledge) -> str:

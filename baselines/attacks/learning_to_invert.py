@@ -123,7 +123,7 @@ class LearningToInvert(Attack):
         """Return updates (M, s, features) and the pixels (M, s, K * N, P) behind them."""
         inputs, labels = knowledge.auxiliary
         each, clients = knowledge.inputs_per_client, knowledge.clients
-        total, models, count = each * clients, knowledge.trials, len(labels)
+        total, models, count = knowledge.total_inputs, knowledge.trials, len(labels)
         defended = is_defended(knowledge)
         few = not defended and total == 1
         wanted = min(self.simulations, count * (1 if few else REUSE))

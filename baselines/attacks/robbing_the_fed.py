@@ -43,9 +43,9 @@ class RobbingTheFed(Attack):
     client send, bins * d numbers for inputs of d.
 
     Departures: the module adds one number to all coordinates of the input (the authors' "addition"; their default is a
-    dense layer back to the input's size), which doubles the bins a parameter buys. Edges are quantiles of the auxiliary
-    inputs' measurements, of a normal distribution with their mean and variance where they are few, and the outermost
-    are the least and the greatest measurement possible; the authors take a standard normal or Laplace distribution.
+    dense layer back to the input's size), which doubles the bins a parameter buys. Edges are quantiles of a kernel
+    estimate of the auxiliary inputs' measurements, and the outermost are the least and the greatest measurement
+    possible; the authors take a standard normal or Laplace distribution.
     Bins are ranked by whether what they give is a possible input whose measurement lies in that very bin; the authors
     take the largest gradients.
 

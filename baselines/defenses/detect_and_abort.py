@@ -13,11 +13,12 @@ class DetectAndAbort(Defense):
     """Detect and abort: a client refuses a model that looks planted, by what it alone can see on its first batch.
 
     Stops models with a nearly zeroed normalisation layer, with the same logits for all inputs, with layers that get no
-    gradient, or far away from the model before: the crude forms of BatchNorm fishing, gradient suppression and of
-    planted heads. Does not stop attacks that stay within ordinary numbers (scales above the limit, imprint layers and
-    trap weights of ordinary size, SEER), nor the second round of one whose first model it got: what was odd there is no
-    reason to refuse. Whether others got the same model is the business of ``consistency_check``. Costs no accuracy
-    while it does not fire, and a gradient of the first batch in each round (of each example with `d_snr`).
+    gradient, or far away from the model before: the crude forms of BatchNorm fishing and of planted heads. A client
+    that refuses stays out. Behind an aggregate of others this does not stop gradient suppression, whose other clients
+    are to be silent anyway. Does not stop attacks that stay within ordinary numbers (scales above the limit, imprint
+    layers and trap weights of ordinary size, SEER). Whether others got the same model is the business of
+    ``consistency_check``. Costs no accuracy while it does not fire, and a gradient of the first batch in each round (of
+    each example with `d_snr`).
 
     Acts on: whether the client takes part.
 

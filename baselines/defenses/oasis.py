@@ -20,8 +20,10 @@ class Oasis(Defense):
     """OASIS: trains on every image together with transforms of it, labels repeated.
 
     Against a malicious server that reads single inputs out of the gradients of planted neurons (imprint layers, trap
-    weights): an image and its transforms activate the same neurons, so that a quotient of gradients returns their
-    mixture. Everywhere else it is just a larger batch, (1 + #transforms) * B, and so many times the work.
+    weights): where an image and its transforms activate the same neurons, a quotient of gradients returns their
+    mixture. That is so for measures that the transforms leave unchanged, such as the mean brightness, and less so for
+    others (``robbing_the_fed(measure='random')``). Everywhere else it is just a larger batch, (1 + #transforms) * B,
+    and so many times the work.
 
     Acts on: the local batch; originals first, then one block of B per transform.
 
@@ -46,7 +48,7 @@ class Oasis(Defense):
         if wrong or len(set(names)) < len(names):
             raise UserError(
                 f"oasis: transforms: expected some of {', '.join(TRANSFORMS)}, each once and joined by +, got "
-                f"{transforms!r}; write oasis(transforms=major_rotation+shearing)"
+                f"{transforms!r}; write oasis(transforms='major_rotation+shearing')"
             )
         self.transforms = transforms
 

@@ -195,6 +195,11 @@ def _number(cell: Cell, column: str) -> float:
     return float(cell.tried[column].astype(float).mean())
 
 
+def _attributed(cell: Cell) -> bool | None:
+    known = cell.rows["attributed"].dropna()
+    return None if known.empty else bool(known.all())
+
+
 def _inserted(cell: Cell) -> str | None:
     known = cell.rows["inserted"].dropna()
     return None if known.empty else str(known.iloc[0])
@@ -233,6 +238,7 @@ COLUMNS: tuple[BoardColumn, ...] = (
     BoardColumn(
         "planted_share", "mean share of the parameters that were replaced", lambda c: _number(c, "planted_share")
     ),
+    BoardColumn("attributed", "whether label counts were claimed client by client", _attributed),
     BoardColumn("inserted", "module that was inserted in front of the net", _inserted),
     BoardColumn("refused", "mean share of the clients that refused", lambda c: _number(c, "refused")),
     BoardColumn("seconds", "wall seconds of the attack per trial", lambda c: c.tried["wall_seconds"].mean()),

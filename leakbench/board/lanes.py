@@ -27,6 +27,7 @@ LANE_COLUMNS = {
     "edge_high": "upper end of its 95% interval",
     "exact": "mean share of exact label counts, or of recovered images, over the covered tasks",
     "detected": "mean share of trials in which clients' plain checks would notice what was planted; null: nothing was",
+    "inserted": "module that the attack had inserted in front of the net; null: none",
     "rank_group": "1 for the best attack and those that cannot be told from it; null: ran on no task",
 }
 """The columns that follow `LANE_KEYS` and the attack's keys."""
@@ -82,6 +83,8 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
             "mean": float(np.mean([cell.mean(cell.metric) for cell in cells])) if cells else np.nan,
             "reference": float(np.mean([cell.chance for cell in cells])) if cells else np.nan,
         }
+        inserted = part["inserted"].dropna()
+        line["inserted"] = None if inserted.empty else inserted.iloc[0]
         for key, name in (("exact", EXACT[str(keys["target"])]), ("detected", "detected")):
             values = [cell.mean(METRICS[name]) for cell in cells]
             line[key] = float(np.nanmean(values)) if not np.isnan(values).all() else np.nan

@@ -45,6 +45,7 @@ class ViewColumn:
         right: Whether it is aligned to the right.
         shown: Whether a table has it.
         wide: Whether it is left out in the terminal, for want of room.
+        room: Whether it stays in the terminal beside what clients could notice.
     """
 
     title: str
@@ -52,6 +53,7 @@ class ViewColumn:
     right: bool = True
     shown: Callable[[pd.DataFrame], bool] = lambda _: True
     wide: bool = False
+    room: bool = True
 
 
 def _number(value: float, target: str) -> str:
@@ -73,6 +75,10 @@ def _trials(line: Line) -> str:
     return "n/a" if line["not_applicable"] else "unavailable"
 
 
+def _exact(line: Line) -> str:
+    return _number(line[EXACT[line["target"]]], "labels") + ("∪" if line["attributed"] is False else "")
+
+
 def _detected(line: Line) -> str:
     return _number(line["detected"], "labels") + (
         "+" if isinstance(line["inserted"], str) and not pd.isna(line["detected"]) else ""
@@ -92,14 +98,14 @@ VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("{metric}", _interval),
     ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
     ViewColumn("empty", lambda c: _number(c["empty"], c["target"]), shown=_known("empty")),
-    ViewColumn("{edge}", _edge),
-    ViewColumn("{exact}", lambda c: _number(c[EXACT[c["target"]]], "labels"), shown=_known("detected")),
+    ViewColumn("{edge}", _edge, room=False),
+    ViewColumn("{exact}", _exact, shown=_known("detected")),
     ViewColumn("detected", _detected, shown=_known("detected")),
     ViewColumn(
         "D-SNR", lambda c: "-" if pd.isna(c["d_snr"]) else f"{c['d_snr']:.2g}", shown=_known("detected"), wide=True
     ),
     ViewColumn("refused", lambda c: _number(c["refused"], "labels"), shown=lambda t: bool(t["refused"].gt(0).any())),
-    ViewColumn("group", _tie),
+    ViewColumn("group", _tie, room=False),
     ViewColumn(
         "trials", _trials, shown=lambda t: not _known("detected")(t) or bool((t["ok"] != t["n"]).any())
     ),  # stealth needs the room
@@ -203,7 +209,8 @@ def tables(board: pd.DataFrame, *, wide: bool = True) -> Iterator[Table]:
         if not pd.isna(first["checkpoint"]):
             where.append(f"weights {first['checkpoint']}")
         detectable = task["detectable"].median()
-        columns = [column for column in VIEW if column.shown(task) and (wide or not column.wide)]
+        stealth = _known("detected")(task)
+        columns = [c for c in VIEW if c.shown(task) and (wide or (not c.wide and (c.room or not stealth)))]
         yield Table(
             title=f"{first['task']}  ({', '.join(where)})",
             columns=columns,
@@ -216,6 +223,7 @@ def tables(board: pd.DataFrame, *, wide: bool = True) -> Iterator[Table]:
             + (
                 "; detected: share of trials in which a client's plain checks would notice the planted model"
                 + ("; +: beside a module inserted in front of the net" if _known("inserted")(task) else "")
+                + ("; ∪: counts of all clients together" if task["attributed"].isin([False]).any() else "")
                 if _known("detected")(task)
                 else "; ms: milliseconds per trial"
             )
@@ -314,7 +322,7 @@ LANE_VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("{metric}", lambda c: _number(c["mean"], c["target"])),
     ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
     ViewColumn("{exact}", lambda c: _number(c["exact"], "labels"), shown=_known("detected")),
-    ViewColumn("detected", lambda c: _number(c["detected"], "labels"), shown=_known("detected")),
+    ViewColumn("detected", _detected, shown=_known("detected")),
 )
 """The columns of a lane's table that follow the attack, in order."""
 

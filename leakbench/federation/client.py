@@ -39,6 +39,7 @@ class Received:
         state: What they keep between rounds.
         round_index: Index of the round.
         client: Index of the client.
+        order: (T, local_steps, B) indices of every local step's batch; the order of their examples where None.
     """
 
     model: Model
@@ -47,6 +48,7 @@ class Received:
     state: ClientState = field(default_factory=ClientState)
     round_index: int = 0
     client: int = 0
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,10 @@ class Client:
 
     def _first(self, received: Received, inputs: Tensor, labels: Tensor, random: TrialRandom) -> DefenseContext:
         """Return what hooks see before training."""
-        index = batch_order(self.protocol, self.batch_size)[0].expand(len(labels), -1)
+        order = received.order
+        if order is None:
+            order = batch_order(self.protocol, self.batch_size).expand(len(labels), -1, -1)
+        index = order[:, 0].to(inputs.device)
         moment = (received.round_index, received.client, 0)
         return self._context(received.model, inputs, labels, index, random, received.state, moment)
 

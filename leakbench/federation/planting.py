@@ -27,10 +27,10 @@ class Planted:
         self.tensors = {name: value.to(model.device, model.dtype) for name, value in tensors.items()}
         self.clients = clients
 
-    @property
+    @cached_property
     def differs(self) -> bool:
         """Whether clients of one trial get different models."""
-        return self.clients > 1 and any(len(value) > 1 for value in self.tensors.values())
+        return self.clients > 1 and any(bool((value != value[:1]).any()) for value in self.tensors.values())
 
     def model_of(self, client: int) -> Model:
         """Return what client ``client`` (from 0) gets, M = 1 or T."""
@@ -56,21 +56,36 @@ class Planted:
     @cached_property
     def digests(self) -> tuple[str, ...]:
         """A hash per client, (K,): equal where clients got the same parameters."""
+        shared, own = hashlib.sha256(), []
+        for name, value in sorted(self.tensors.items()):
+            if self.clients > 1 and len(value) > 1:
+                own.append(name)
+            else:
+                shared.update(_bytes(name, value))
         found = []
         for k in range(self.clients):
-            digest = hashlib.sha256()
-            for name in sorted(self.tensors):
-                value = self.tensors[name]
-                own = value[k : k + 1] if self.clients > 1 and len(value) > 1 else value
-                digest.update(f"{name} {tuple(own.shape)} ".encode() + own.cpu().contiguous().numpy().tobytes())
+            digest = shared.copy()
+            for name in own:
+                digest.update(_bytes(name, self.tensors[name][k]))
             found.append(digest.hexdigest())
         return tuple(found)
 
-    def changed(self) -> dict[str, float]:
-        """Return the share of the numbers of each replaced parameter that differ from the honest model's, by name."""
-        shares = {}
-        for name, value in self.tensors.items():
-            old = self.honest.parameters[name]
-            paired = self.clients == 1 and len(old) == len(value)
-            shares[name] = float((value != (old if paired else old[:1])).double().mean())
-        return shares
+
+def _bytes(name: str, value: Tensor) -> bytes:
+    return f"{name} {tuple(value.shape)} ".encode() + value.cpu().contiguous().numpy().tobytes()
+
+
+def changed(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], clients: int) -> dict[str, float]:
+    """Return the share of the numbers of each replaced parameter that differ from the honest model's, by name.
+
+    Args:
+        parameters: The honest model's, (M, *shape) by name.
+        tensors: What was replaced; see `Planted`.
+        clients: K.
+    """
+    shares = {}
+    for name, value in tensors.items():
+        old = parameters[name]
+        paired = clients == 1 and len(old) == len(value)
+        shares[name] = float((value.to(old) != (old if paired else old[:1])).double().mean())
+    return shares

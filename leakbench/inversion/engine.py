@@ -181,7 +181,7 @@ class _Search:
         self.inversion = inversion
         self.priors = () if inversion.late else inversion.priors
         self.observation = observation
-        count = observation.inputs_per_client * observation.clients
+        count = observation.total_inputs
         space, dtype = inversion.space, observation.model.dtype
         start = {name: v.to(dtype) for name, v in space.start(observation, restarts, count).items()}
         some = next(iter(start.values()))
@@ -329,7 +329,7 @@ def default_chunk(observation: Observation, restarts: int) -> int:
     on the machine keeps rows bit-equal.
     """
     model = observation.model
-    count = observation.inputs_per_client * observation.clients
+    count = observation.total_inputs
     weights = sum(value[0].numel() for value in model.parameters.values())
     # Measured: the target, a gradient and its derivative; five times what the layers return.
     row = restarts * (3 * weights + 5 * count * layer_outputs(model)) * model.dtype.itemsize

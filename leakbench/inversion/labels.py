@@ -85,7 +85,7 @@ class LabelSource:
         counts = self.attack.run(observation.asking("labels").with_prepared(prepared)).label_counts
         if counts is None:
             raise UserError(f"labels={self.name!r} returned no label counts")
-        return labels_of_counts(counts.sum(1), observation.inputs_per_client * observation.clients)
+        return labels_of_counts(counts.sum(1), observation.total_inputs)
 
 
 def labels_of_counts(counts: Tensor, total: int) -> Tensor:

@@ -17,7 +17,7 @@ class MetricSpec:
     Args:
         name: Name of the row column.
         target: What the attack recovers, or ``stealth``: what one client can find out about the model that it got,
-            averaged over the clients, whatever is recovered.
+            whatever is recovered; the most visible of at most four clients and of all rounds.
         higher_is_better: For the attack; of stealth, less visible is better.
         unit: ``1`` for a fraction or a distance without unit, ``dB``, ``intensity^2`` (intensities are in [0, 1]),
             ``position`` (from 1), ``rank`` (of a matrix).

@@ -23,6 +23,9 @@ from leakbench.models.taps import Tap, can_tap, layer_of, tap
 SEER_EPSILON = 1e-6
 """What SEER's code adds to the denominator of D-SNR."""
 
+INSERTED = "imprint."
+"""Leads the parameters of a module that was inserted in front of the net."""
+
 LARGEST = 1e12
 """Stands for what is infinite or not a number, so that means of rows stay finite."""
 
@@ -154,8 +157,11 @@ def d_snr(model: Model, inputs: Tensor, labels: Tensor, batch_norm: BatchNormMod
 
 
 def parameter_distance(model: Model, previous: Model) -> Tensor:
-    """Return ||w - w_prev|| / ||w_prev|| (M,) over all parameters that both models have."""
-    shared = [name for name, value in model.parameters.items() if name in previous.parameters]
+    """Return ||w - w_prev|| / ||w_prev|| (M,) over all parameters that both models have.
+
+    A module inserted in front of the net is left out: what it was before is arbitrary, and so is the scale of its rows.
+    """
+    shared = [n for n in model.parameters if n in previous.parameters and not n.startswith(INSERTED)]
     moved = _norm([model.parameters[name] - previous.parameters[name] for name in shared])
     return _finite(torch.where(moved == 0, 0.0, moved / _norm([previous.parameters[name] for name in shared])))
 

@@ -123,6 +123,8 @@ def insert(module: nn.Module, name: str, input_shape: tuple[int, ...], params: M
     for count in params.keys() & {"bins", "clients"}:
         if type(params[count]) is not int or params[count] < 1:
             raise UserError(f"{name}: expected a positive integer {count}, got {params[count]!r}; write {count}=64")
+    if not params.get("gain", 1.0) > 0:
+        raise UserError(f"{name}: expected gain above 0, got {params['gain']!r}; write gain=1.0")
     module.imprint = IMPRINTS[name](input_shape, **params)
     module.register_forward_pre_hook(_through)
     return module

@@ -39,8 +39,6 @@ STATISTICS = "statistics/"
 """Leads the names of granted BatchNorm statistics among an update's tensors."""
 SHOWN = "shown/"
 """Leads the names of the model's tensors as an adversary sees them, where a defense changes that."""
-REFUSED = "refused/share"
-"""Names the share of a trial's clients that refused, (T,), among an update's tensors."""
 TRACEBACK_LIMIT = 4000
 
 Reply = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
@@ -123,22 +121,22 @@ class ClientRole:
         sizes = [size * self.protocol.local_batches for size in body["batch_sizes"]]
         self.sizes, self.weights = sizes, aggregation_weights(self.protocol, sizes)
         self.previous: Planted | None = None
+        self.out = torch.zeros(self.protocol.clients, len(self.labels), dtype=torch.bool, device=self.device)
 
     def round(self, message: Message) -> Reply:
         """One round: every client's update, summed where the protocol aggregates."""
         planted = Planted(self.model, message.tensors("planted"), self.protocol.clients)
-        total, refused = StreamedSum(self.weights), torch.zeros(len(self.labels), device=self.device)
+        total = StreamedSum(self.weights)
         for k in range(self.protocol.clients):
-            sent, accepted = self._client(planted, k, message.body["round"])
-            refused += ~accepted / self.protocol.clients
+            sent = self._client(planted, k, message.body["round"])
             total.add({name: tensor.detach() for name, tensor in sent.items()})
         self.previous = planted
         trials = self.labels.shape[0]
         update = {n: v.expand(trials, *v.shape[1:]).to("cpu") for n, v in total.mean().items()}
-        return "update", {}, {"update": update | {REFUSED: refused.to("cpu")}}
+        return "update", {"refused": self.out.double().mean(0).tolist()}, {"update": update}
 
-    def _client(self, planted: Planted, k: int, round_index: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Return what one client of every trial sends, zeros where it refuses, and whether it accepts, (T,)."""
+    def _client(self, planted: Planted, k: int, round_index: int) -> dict[str, Tensor]:
+        """Return what one client of every trial sends: nothing new where it refuses, now or in a round before."""
         client, model = self.clients[k], planted.model_of(k)
         inputs = to_inputs(self.images[:, k, : self.sizes[k]].numpy(), self.spec, self.normalise)
         inputs, labels = inputs.to(self.device, self.model.dtype), self.labels[:, k, : self.sizes[k]]
@@ -149,9 +147,10 @@ class ClientRole:
             state=self.states[k],
             round_index=round_index,
             client=k,
+            order=None if self.order is None else self.order[:, k],
         )
-        order = None if self.order is None else self.order[:, k]
-        accepted = client.accepts(received, inputs, labels, random=self.random)
+        # Who refused stays out: asking again for what it saw before would make a planted model look familiar.
+        self.out[k] |= ~client.accepts(received, inputs, labels, random=self.random)
         update = client.update(
             model,
             inputs,
@@ -159,18 +158,24 @@ class ClientRole:
             random=self.random,
             state=received.state,
             names=self.names,
-            order=order,
+            order=received.order,
             round_index=round_index,
             client=k,
         )
-        update |= {f"{STATISTICS}{n}": v for n, v in self._statistics(model, k, inputs, order).items()}
-        if not bool(accepted.all()):
-            silent = {n: v.expand(len(labels), *v.shape[1:]) for n, v in update.items()}
-            update = {n: torch.where(accepted.view(-1, *(1,) * (v.dim() - 1)), v, 0) for n, v in silent.items()}
+        statistics = self._statistics(model, k, inputs, received.order)
+        if bool(self.out[k].any()):
+            start = model.parameters if self.protocol.sends == "weights" else {}
+            nothing = {n: torch.zeros_like(v[:1]) for n, v in update.items()} | dict(start) | model.buffers
+            update = {n: self._unless_out(k, v, nothing[n]) for n, v in update.items()}
+            statistics = {n: self._unless_out(k, v, model.buffers[n]) for n, v in statistics.items()}
+        update |= {f"{STATISTICS}{n}": v for n, v in statistics.items()}
         if self.shows:
             shown = client.shown(received, inputs, labels, random=self.random)
             update |= {f"{SHOWN}{n}": v for n, v in shown.items()}
-        return update, accepted
+        return update
+
+    def _unless_out(self, k: int, sent: Tensor, nothing: Tensor) -> Tensor:
+        return torch.where(self.out[k].view(-1, *(1,) * (sent.dim() - 1)), nothing, sent)
 
     def _statistics(self, model: Model, k: int, inputs: Tensor, order: Tensor | None) -> dict[str, Tensor]:
         """Return the BatchNorm statistics of one client that the threat model grants beyond the server's own."""
@@ -219,6 +224,7 @@ class AttackRole:
             inputs = to_inputs(auxiliary["images"].numpy(), facts.input_spec, facts.normalised)
             self.knowledge["auxiliary"] = (inputs.to(self.device, dtype), auxiliary["labels"].to(self.device))
         self.planted: list[Planted] = []
+        self.evaluations = 0
         self.labels = message.tensors("labels").get("labels")
         self.order = message.tensors("order").get("order")
         self.prepared = {name: t.to(self.device) for name, t in message.tensors("prepared").items()}
@@ -238,7 +244,11 @@ class AttackRole:
         """Run `Attack.plant`."""
         updates, _, _ = self._updates(message)
         model = self.knowledge["model"]
-        result = self.attack.plant(model, Cohort(self.prepared, **self.knowledge), updates)
+        if model is None:
+            raise InvalidOutput("plants without knowing the model; add 'weights' to needs")
+        cohort = Cohort(self.prepared, **self.knowledge)
+        result = self.attack.plant(model, cohort, updates)
+        self.evaluations += cohort.evaluations
         if not isinstance(result, dict) or not all(isinstance(v, Tensor) for v in result.values()):
             raise InvalidOutput("plant() must return a dict of tensors")
         self.planted.append(Planted(model, result, self.shape.clients))
@@ -260,7 +270,7 @@ class AttackRole:
         observation = Observation(seen, **self.knowledge)
         recovery = self.shape.check(self.attack.run(observation), frozenset({observation.target}))
         evaluations = recovery.model_evaluations
-        count = observation.evaluations if evaluations is None else evaluations
+        count = observation.evaluations + self.evaluations if evaluations is None else evaluations
         return "recovery", {"model_evaluations": int(count)}, {"recovery": recovery.tensors()}
 
     def _updates(self, message: Message) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
@@ -270,8 +280,7 @@ class AttackRole:
         for name in names:
             sent = {k: v.to(self.device, self.dtype) for k, v in message.tensors(name).items()}
             statistics, shown = (_led(sent, lead) for lead in (STATISTICS, SHOWN))
-            hidden = (STATISTICS, SHOWN, REFUSED)
-            updates.append({k: v for k, v in sent.items() if not k.startswith(hidden)})
+            updates.append({k: v for k, v in sent.items() if not k.startswith((STATISTICS, SHOWN))})
         return updates, statistics, shown
 
 

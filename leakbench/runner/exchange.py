@@ -16,7 +16,7 @@ from leakbench.errors import InvalidOutput, NotApplicable
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.provenance import code_sha256
 from leakbench.runner.artefacts import Artefact
-from leakbench.runner.child import REFUSED, SHOWN, STATISTICS
+from leakbench.runner.child import SHOWN, STATISTICS
 from leakbench.runner.children import Child
 from leakbench.runner.grant import granted_facts, read_names
 from leakbench.runner.plan import Job
@@ -66,10 +66,14 @@ class Exchange:
         self.order = shop.scenes.order(job.task, job.trials)
         self.names = read_names(job.attack.description.reads, weights, job.task.protocol, job.task.target)
         # An adversary that does not know the weights is not shown any.
-        self.shows = job.task.threat_model.weights and any(
-            "broadcast" in part.description.acts_on for part in job.defense
-        )
         self.plants = job.attack.description.plants and job.task.threat_model.change_parameters
+        # Who plants knows what it sent.
+        self.shows = (
+            job.task.threat_model.weights
+            and not self.plants
+            and any("broadcast" in part.description.acts_on for part in job.defense)
+        )
+        self.plant_seconds = 0.0
         self.stack = ExitStack()
 
     def run(self) -> None:
@@ -155,7 +159,6 @@ class Exchange:
         state = {**self.weights.parameters, **self.weights.buffers}
         trials = len(self.job.trials)
         expected = {name: (trials, *state[name].shape[1:]) for name in self.names}
-        expected[REFUSED] = (trials,)
         if self.task.threat_model.bn_statistics in ("updated_running", "exact_batch"):
             running = {name: value for name, value in self.weights.buffers.items() if is_running_statistic(name)}
             expected |= {f"{STATISTICS}{name}": (trials, *value.shape[1:]) for name, value in running.items()}
@@ -168,11 +171,11 @@ class Exchange:
             if got != expected:
                 raise InvalidOutput(f"sent tensors {_brief(got)}, expected {_brief(expected)}")
         # A client can do nothing about a model that overflows: whoever planted it is to blame.
-        with blaming("attack.plant" if planted else "client"):
+        with blaming("attack.plant" if self.outcome.planted and self.outcome.planted[-1] else "client"):
             for name, tensor in tensors.items():
                 if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                     raise InvalidOutput(f"the update's {name!r} is not finite")
-        self.outcome.refused = tensors[REFUSED].clamp(0, 1)
+            self.outcome.refused = _shares(message.body.get("refused"), trials)
         return message.blobs["update"]
 
     def _attack_child(self, prepared: Mapping[str, Blob], *, preparing: bool) -> Child:
@@ -265,6 +268,7 @@ class Exchange:
         """Get the parameters that a malicious server replaces, and check that it may."""
         parameters, threat = self.weights.parameters, self.task.threat_model
         history = {f"update{i}": blob for i, blob in enumerate(updates)}
+        begun = time.perf_counter()
         message = ask(
             attack,
             "plant",
@@ -275,6 +279,7 @@ class Exchange:
             limit=self._plant_limit(),
             who="attack.plant",
         )
+        self.plant_seconds += time.perf_counter() - begun
         leading = {1, self._several} if threat.per_client else {1}
         with blaming("attack.plant"):
             planted = message.tensors("planted")
@@ -301,7 +306,7 @@ class Exchange:
             who="attack",
             on_progress=self.on_progress,
         )
-        self.outcome.wall_seconds = time.perf_counter() - begun
+        self.outcome.wall_seconds = self.plant_seconds + time.perf_counter() - begun
         self.outcome.isolation = attack.detail
         shape = RecoveryShape(
             trials=len(job.trials),
@@ -339,6 +344,15 @@ class Exchange:
         inputs = sum(self.task.client_sizes)
         numbers = clients * self.data.num_classes + inputs * self.data.images[0].size + 256
         return 8 * len(self.job.trials) * int(numbers) + SLACK_BYTES
+
+
+def _shares(given: object, trials: int) -> list[float]:
+    """Check the share of clients that refused, per trial."""
+    if not isinstance(given, list) or len(given) != trials:
+        raise InvalidOutput(f"sent {str(given)[:40]}, expected which share of the clients of {trials} trials refused")
+    if not all(isinstance(value, float) and 0 <= value <= 1 for value in given):
+        raise InvalidOutput(f"sent {str(given)[:40]}, expected shares in 0..1")
+    return given
 
 
 def _brief(shapes: Mapping[str, tuple[int, ...]]) -> str:

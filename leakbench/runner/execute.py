@@ -124,7 +124,7 @@ class Runner:
         checked: dict[tuple[object, ...], str | None] = {}
         reasons: Counter[str] = Counter()
         for job in jobs:
-            kind = (job.task.hash, job.stop - job.start, job.attack.name, bool(job.defense))
+            kind = (job.task.hash, job.stop - job.start, job.attack.label, bool(job.defense))
             if kind not in checked:
                 checked[kind] = self._unavailable(job)
             if (reason := checked[kind]) is not None:
@@ -189,7 +189,7 @@ class Runner:
             output = error.output
         except InvalidOutput as error:
             outcome.fail("invalid", str(error))
-        if outcome.planted and victims is not None and weights is not None:
+        if any(outcome.planted) and outcome.status == "ok" and victims is not None and weights is not None:
             outcome.stealth = self._shop.stealth(job, weights, victims, outcome.planted)
         if self._shop.closed:
             raise LeakbenchError(f"{job.label}: the runner was closed before the job was done")

@@ -40,9 +40,9 @@ class Outcome:
         isolation: What confined the children.
         update_bytes: Most bytes that an update may have.
         model_shown: What the adversary sees of the model: ``sent`` or ``defended``.
-        refused: (T,) share of a trial's clients that refused in the last round.
+        refused: Share of each trial's clients that refused, in any round.
         planted: Parameters that were replaced, per round; see `leakbench.Attack.plant`.
-        stealth: See `leakbench.runner.stealth.stealth_columns`; empty where nothing was planted.
+        stealth: See `leakbench.runner.stealth`; empty where nothing was planted, or the job failed.
     """
 
     status: str
@@ -55,7 +55,7 @@ class Outcome:
     isolation: dict[str, Any] = field(default_factory=dict)
     update_bytes: int = 0
     model_shown: str = SENT
-    refused: Tensor | None = None
+    refused: list[float] | None = None
     planted: list[dict[str, Tensor]] = field(default_factory=list)
     stealth: dict[str, Any] = field(default_factory=dict)
 
@@ -130,7 +130,7 @@ def job_rows(
         columns |= {name: values.tolist() for name, values in scores.items()}
     recovery = outcome.recovery
     if outcome.refused is not None:
-        columns["refused"] = outcome.refused.tolist()
+        columns["refused"] = outcome.refused
     for name, value in outcome.stealth.items():
         if isinstance(value, Tensor):
             columns[name] = value.tolist()
@@ -138,6 +138,8 @@ def job_rows(
             fixed[name] = value
     if recovery is not None:
         fixed["model_evaluations"] = recovery.model_evaluations
+        if recovery.label_counts is not None:
+            fixed["attributed"] = recovery.label_counts.shape[1] == job.task.protocol.clients
         if recovery.notes:
             notes = {name: torch.as_tensor(value).tolist() for name, value in recovery.notes.items()}
             columns["notes"] = [json.dumps({n: values[t] for n, values in notes.items()}) for t in range(count)]

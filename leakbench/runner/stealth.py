@@ -1,9 +1,10 @@
-"""What clients could have noticed of a planted model; computed by the process that holds the truth."""
+"""What was planted, and what clients could have noticed of it; computed by the process that holds the truth."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,24 +12,48 @@ from torch import Tensor
 
 from leakbench.data import Dataset, Victims
 from leakbench.federation.inputs import to_inputs
-from leakbench.federation.planting import Planted
+from leakbench.federation.planting import Planted, changed
 from leakbench.metrics import METRICS
 from leakbench.metrics.stealth import findings
 from leakbench.models.functional import Model
 from leakbench.tasks import Task
 
+_log = logging.getLogger(__name__)
+
 CLIENTS = 4
-"""Clients of a cohort that are looked at, evenly spread: each costs two backward passes per trial and example."""
+"""Clients of a cohort that are looked at: each costs two gradients per trial and example, and round."""
+
+Keep = Callable[[int, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+"""Returns what was found for a client of the honest model, from memory where it is known."""
 
 
-def stealth_columns(
-    task: Task, model: Model, victims: Victims, data: Dataset, planted: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Any]:
-    """Return the row columns about what was planted: a value for all trials, or (T,) float64.
+def changes(parameters: Mapping[str, Tensor], planted: Sequence[Mapping[str, Tensor]], clients: int) -> dict[str, Any]:
+    """Return the row columns about which share of the parameters was ever replaced, and in which tensors.
 
-    Every metric of stealth is the worst, the most visible one, over the rounds and over `CLIENTS` clients, each from
-    what that client has: the model it got, the one before, its first batch. ``*_honest`` is the same for the honest
-    model on the same batches.
+    Args:
+        parameters: The honest model's, (M, *shape) by name.
+        planted: What was replaced, per round; see `leakbench.Attack.plant`.
+        clients: K.
+    """
+    shares: dict[str, float] = {}
+    for tensors in planted:
+        for name, share in changed(parameters, tensors, clients).items():
+            shares[name] = max(share, shares.get(name, 0.0))
+    sizes = {name: value[0].numel() for name, value in parameters.items()}
+    return {
+        "planted_share": sum(share * sizes[name] for name, share in shares.items()) / sum(sizes.values()),
+        "planted_tensors": json.dumps(sorted(name for name, share in shares.items() if share)),
+    }
+
+
+def stealth(
+    task: Task, model: Model, victims: Victims, data: Dataset, planted: Sequence[Mapping[str, Tensor]], keep: Keep
+) -> dict[str, Tensor]:
+    """Return the metrics of stealth, (T,) float64 each, and of the honest model on the same batches (``*_honest``).
+
+    Each is the worst, the most visible one, over the rounds and over `CLIENTS` clients, every one from what it has:
+    the model it got, the one before, its first batch. Clients of different models come first. A client whose net cannot
+    run on its batch (BatchNorm of a single value) is left out.
 
     Args:
         task: The task.
@@ -36,49 +61,55 @@ def stealth_columns(
         victims: The private examples.
         data: Their dataset.
         planted: What was replaced, per round; see `leakbench.Attack.plant`.
+        keep: Remembers what was found of the honest model.
     """
-    clients, protocol = task.protocol.clients, task.protocol
-    rounds = [Planted(model, tensors, clients) for tensors in planted]
+    protocol = task.protocol
+    rounds = [Planted(model, tensors, protocol.clients) for tensors in planted]
     dtype = getattr(torch, protocol.precision)
     worst: dict[str, Tensor] = {}
-    for k in sorted({round(i * (clients - 1) / max(1, CLIENTS - 1)) for i in range(CLIENTS)}):
+
+    def look(k: int, got: Model, before: Model, digests: Sequence[str]) -> dict[str, Tensor]:
         first = task.batch.of_client(k).size
         inputs = to_inputs(victims.inputs[:, k, :first], data.input_spec, task.normalise).to(dtype)
         labels = torch.tensor(victims.labels[:, k, :first])
+        return findings(
+            got,
+            before,
+            inputs,
+            labels,
+            digests=digests,
+            batch_norm=protocol.batch_norm,
+            reduction=protocol.reduction,
+        )
 
-        def look(got: Model, before: Model, digests: Sequence[str], suffix: str) -> None:
-            found = findings(
-                got,
-                before,
-                inputs,  # noqa: B023  (called within the iteration)
-                labels,  # noqa: B023
-                digests=digests,
-                batch_norm=protocol.batch_norm,
-                reduction=protocol.reduction,
-            )
-            for name, values in found.items():
-                worse = torch.minimum if METRICS[name].higher_is_better else torch.maximum
-                key = name + suffix
-                worst[key] = worse(worst[key], values) if key in worst else values
+    def note(found: Mapping[str, Tensor], suffix: str = "") -> None:
+        for name, values in found.items():
+            worse = torch.minimum if METRICS[name].higher_is_better else torch.maximum
+            key = name + suffix
+            worst[key] = worse(worst[key], values) if key in worst else values
 
-        look(model, model, ("",) * clients, "_honest")
-        before = model
-        for planted_round in rounds:
-            got = planted_round.model_of(k)
-            look(got, before, planted_round.digests, "")
-            before = got
-    return _changes(rounds) | worst
+    for k in _clients(rounds, protocol.clients):
+        try:
+            note(keep(k, lambda: look(k, model, model, ("",) * protocol.clients)), "_honest")  # noqa: B023  (at once)
+            before = model
+            for each in rounds:
+                got = each.model_of(k)
+                note(look(k, got, before, each.digests))
+                before = got
+        except (ValueError, RuntimeError, MemoryError) as error:  # rows matter more
+            _log.warning("stealth: client %d: %s", k, error)
+    return worst
 
 
-def _changes(rounds: Sequence[Planted]) -> dict[str, Any]:
-    """Return which share of the parameters was ever replaced, and in which tensors."""
-    shares: dict[str, float] = {}
-    for planted in rounds:
-        for name, share in planted.changed().items():
-            shares[name] = max(share, shares.get(name, 0.0))
-    sizes = {name: value[0].numel() for name, value in rounds[0].honest.parameters.items()}
-    replaced = sum(share * sizes[name] for name, share in shares.items())
-    return {
-        "planted_share": replaced / sum(sizes.values()),
-        "planted_tensors": json.dumps(sorted(name for name, share in shares.items() if share)),
-    }
+def _clients(rounds: Sequence[Planted], clients: int) -> list[int]:
+    """Return `CLIENTS` clients: of every set of models one, then others, both spread over the cohort."""
+    got = [tuple(planted.digests[k] for planted in rounds) for k in range(clients)]
+    different = sorted({models: k for k, models in reversed(list(enumerate(got)))}.values())
+    others = [k for k in range(clients) if k not in different]
+    picked = _spread(different, CLIENTS)
+    return sorted(picked + _spread(others, CLIENTS - len(picked)))
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    count = min(count, len(values))
+    return [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]

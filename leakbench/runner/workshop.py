@@ -28,7 +28,7 @@ from leakbench.runner.grant import granted_state
 from leakbench.runner.isolate import ChildServer, Level
 from leakbench.runner.plan import Job
 from leakbench.runner.scene import Built, Kept, Scenes, Weights
-from leakbench.runner.stealth import stealth_columns
+from leakbench.runner.stealth import changes, stealth
 from leakbench.runner.wire import Blob, Message
 from leakbench.tasks import Task, content_hash
 
@@ -73,6 +73,7 @@ class Workshop:
         self._local = dict(local)
         self._granted = Kept(4)
         self._inserted = Kept(2)
+        self._honest = Kept(64)
         self._lock = threading.Lock()
         self.closed = False
         self._server = self._new_server()
@@ -141,21 +142,29 @@ class Workshop:
     def stealth(
         self, job: Job, weights: Weights, victims: Victims, planted: Sequence[Mapping[str, Tensor]]
     ) -> dict[str, Any]:
-        """Return what clients could notice of a planted model; nothing where a defense changed the architecture.
+        """Return the row columns about a planted model; see `leakbench.runner.stealth`.
 
-        No code of a defense runs in this process, so such a net cannot be built here.
+        Where a defense changed the architecture, only what was replaced: no code of a defense runs in this process, so
+        such a net cannot be built here.
         """
+        task = job.task
+        columns = changes(weights.parameters, planted, task.protocol.clients)
         if any("model" in part.description.acts_on for part in job.defense):
-            return {}
-        data, insertion = self.scenes.dataset(job.task), self.insertion(job)
+            return columns
+        data, insertion = self.scenes.dataset(task), self.insertion(job)
 
         def transform(module: nn.Module) -> nn.Module:
             return module if insertion is None else insert(module, insertion["name"], shape, insertion["params"])
 
-        shape, precision = data.input_spec.shape, getattr(torch, job.task.protocol.precision)
+        def keep(client: int, look: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+            return self._honest.get(
+                (task.hash, tuple(job.trials), weights.digest, content_hash(insertion), client), look
+            )
+
+        shape, precision = data.input_spec.shape, getattr(torch, task.protocol.precision)
         state = flat_state(weights.parameters, weights.buffers)
-        model = build_model(job.task.architecture, shape, data.num_classes, state=state, transform=transform)
-        return stealth_columns(job.task, model.to(dtype=precision), victims, data, planted)
+        model = build_model(task.architecture, shape, data.num_classes, state=state, transform=transform)
+        return columns | stealth(task, model.to(dtype=precision), victims, data, planted, keep)
 
     def _weights(self, job: Job) -> Weights:
         """Return the model of a block; a defense that changes the architecture does so in a child."""

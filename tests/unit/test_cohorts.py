@@ -124,11 +124,6 @@ def test_every_client_draws_a_batch_of_its_own_size_and_no_example_twice(sizes, 
         assert len(np.unique(row[mask])) == sum(each)
 
 
-def test_equal_sizes_are_scored_as_one_size_is():
-    one, several = (run(Sees(), task(batch=batch)) for batch in (BatchSpec(size=3), BatchSpec(sizes=(3, 3))))
-    assert one.instance_recall_chance.tolist() == several.instance_recall_chance.tolist()
-
-
 def test_the_true_counts_of_unequal_clients_score_one_and_their_union_too():
     of = task()
     _, victims = truth(of)
@@ -184,6 +179,7 @@ def test_what_a_server_knows_of_the_sizes():
     ("fields", "message"),
     [
         ({"sizes": (2, 3), "size": 2}, "leave it out, or give the largest"),
+        ({"sizes": (2, 3), "size": "3"}, "leave it out, or give the largest"),
         ({"sizes": (4, 2), "sampler": "balanced", "classes": 3}, "at most the batch size, 2"),
     ],
 )
@@ -192,6 +188,12 @@ def test_sizes_that_make_no_sense_are_refused(fields, message):
         BatchSpec(**fields)
     with pytest.raises(ValueError, match="fresh or same"):
         task(sends="delta", local_steps=2, batches="epochs", batches_per_epoch=2)
+    with pytest.raises(ValueError, match="at most one per client, 2"):
+        task(clients=2)
+
+
+def test_equal_sizes_are_one_size():
+    assert BatchSpec(sizes=(3, 3)) == BatchSpec(size=3)
 
 
 # --- secure aggregation -----------------------------------------------------------------------------------------------
@@ -362,6 +364,64 @@ def test_digests_are_equal_where_parameters_are():
     assert Planted(model, {}, 2).digests[0] == Planted(model, {}, 2).digests[1]
 
 
+def test_a_model_that_one_client_got_is_noticed_whichever_client_it_was():
+    def one_zeroed(k):
+        def plant(model, cohort):
+            weight = model.parameters["fc.weight"][:1]
+            planted = weight.repeat(cohort.clients, 1, 1)
+            planted[k] = 0
+            return {"fc.weight": planted, "fc.bias": model.parameters["fc.bias"][:1]}
+
+        return planting(plant)
+
+    for k in range(9):
+        rows = run(one_zeroed(k)(), task(clients=9, batch=BatchSpec(size=3)))
+        assert rows.detected.tolist() == [1.0] * TRIALS, k
+        assert rows.model_disagreement.tolist() == [1 / 8] * TRIALS
+
+
+def test_a_client_whose_net_cannot_run_loses_its_stealth_and_no_row():
+    net = Architecture(name="mlp", params={"width": 4, "depth": 1, "batch_norm": True})
+    of = task(clients=2, batch=BatchSpec(size=1), batch_norm="train").model_copy(update={"architecture": net})
+    rows = outcome(planting(one_for_all)(), of)
+    assert len(rows) == TRIALS
+
+
+def test_nothing_planted_is_no_stealth():
+    rows = run(planting(lambda model, cohort: {})(), task())
+    assert rows.planted_share.isna().all()
+    assert rows.detected.isna().all()
+
+
+@pytest.mark.parametrize("isolation", ["process"])
+def test_a_child_may_send_a_model_larger_than_what_it_recovers(isolation):
+    of = task(clients=1, batch=BatchSpec(size=2), target="inputs")
+    of = of.model_copy(update={"architecture": Architecture(name="mlp", params={"width": 20_000, "depth": 1})})
+    rows = evaluate("curious_abandon_honesty", of, trials=1, isolation=isolation)
+    assert rows.status.tolist() == ["ok"], rows.error[0]
+
+
+@pytest.mark.parametrize("weighting", ["equal", "examples"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_mean_head_gradient_of_unequal_clients_is_in_units_of_one_example(weighting, reduction):
+    # With a head of zeros and features that do not matter, the bias gradient is 1 / C minus the label frequencies.
+    def flat(model, cohort):
+        return {name: torch.zeros_like(model.parameters[name][:1]) for name in ("fc.weight", "fc.bias")}
+
+    attack = planting(flat)
+    of = task(weighting=weighting, reduction=reduction)
+    run(attack(), of)
+    _, victims = truth(of)
+    counts = np.stack([[np.bincount(c[c >= 0], minlength=10) for c in trial] for trial in victims.labels])
+    sizes = np.array(of.client_sizes)
+    weights = sizes / sizes.sum() if weighting == "examples" else np.full(K, 1 / K)
+    each = counts if reduction == "sum" else counts / sizes[:, None]
+    scale = (weights * sizes).sum() if reduction == "sum" else 1
+    share = sizes if reduction == "sum" else np.ones(K)
+    expected = (weights * share).sum() / scale / 10 - np.einsum("k,tkc->tc", weights, each) / scale
+    np.testing.assert_allclose(attack.observation.mean_head_bias, expected, atol=1e-12)
+
+
 # --- clients that refuse ----------------------------------------------------------------------------------------------
 
 
@@ -397,6 +457,35 @@ def test_a_client_sees_the_model_before_and_what_the_others_got():
     assert len(set(second.digests)) == K
     assert first.inputs.shape[:2] == (TRIALS, 3)
     assert first.labels.shape == (TRIALS, 3)
+
+
+class OnceInRound0(Second):
+    """The second client of trial 1 refuses the first model, and would take the next."""
+
+    def accept(self, ctx):
+        return super().accept(ctx) | (ctx.round > 0)
+
+
+@pytest.mark.parametrize("sends", ["gradient", "weights"])
+def test_who_refused_stays_out_and_sends_nothing_new(sends):
+    attack = planting(per_client, one_for_all)
+    of = task(rounds=2, sends=sends)
+    rows = run(attack(), of, defense=OnceInRound0())
+    assert rows.refused.tolist() == [0.0, 1 / K, 0.0]
+    observation = attack.observation
+    for index, update in enumerate(observation.updates):
+        alone = observation.difference(update, round_index=index)["fc.weight"]
+        models = [observation.client_model(k, index) for k in range(K)]
+        _, victims = truth(of)
+        data = load_dataset("digits")
+        expected = torch.zeros_like(alone)
+        for k, (model, size) in enumerate(zip(models, of.client_sizes, strict=True)):
+            inputs = to_inputs(victims.inputs[:, k, :size], data.input_spec, of.normalise).double()
+            own = per_trial_gradients(model, inputs, torch.tensor(victims.labels[:, k, :size])).tensors["fc.weight"]
+            if k == 1:
+                own = own.index_fill(0, torch.tensor([1]), 0)
+            expected += own * (1 if sends == "gradient" else of.protocol.lr) / K
+        torch.testing.assert_close(alone, expected)
 
 
 def test_an_answer_that_is_no_mask_is_the_defenses_failure():
@@ -448,3 +537,13 @@ def test_a_module_that_does_not_exist_is_one_line():
     undeclared = type("Undeclared", (Imprints,), {"needs": frozenset({"change_parameters"})})
     with pytest.raises(UserError, match="'change_architecture' in needs"):
         outcome(undeclared(), task())
+
+
+def test_an_attack_of_both_targets_is_asked_for_one():
+    of = task(clients=2, batch=BatchSpec(size=2), rounds=2)
+    rows = evaluate("gradient_suppression", of, trials=2, isolation="none")
+    assert rows.status.tolist() == ["ok", "ok"], rows.error[0]
+    assert rows.attributed.all()
+    refused = evaluate("gradient_suppression", of, "consistency_check", trials=2, isolation="none")
+    guess = evaluate("prior_labels", of, trials=2, isolation="none")
+    assert refused.instance_recall.tolist() == guess.instance_recall.tolist()  # an update of zeros tells nothing

@@ -121,7 +121,8 @@ def test_the_hash_changes_with_every_field():
     changes = [changed(key, value) for key, values in CHANGES.items() for value in values]
     changes += [task(batch=BatchSpec(sampler="dirichlet", alpha=alpha)) for alpha in (0.1, 1)]
     changes += [task(batch=BatchSpec(size=8, sampler="balanced", classes=classes)) for classes in (1, 2)]
-    changes += [task(batch=BatchSpec(sizes=sizes)) for sizes in ((8, 2), (2, 8), (8, 8))]
+    two = Protocol(clients=2, secure_aggregation=True)
+    changes += [task(batch=BatchSpec(sizes=sizes), protocol=two) for sizes in ((8, 2), (2, 8), (8, 8))]
     changes += [task(stage=stage) for stage in ("sgd(steps=1)", "sgd(steps=2)", "sgd(steps=1, lr=0.2)")]
     assert len({each.hash for each in [task(), *changes]}) == 1 + len(changes)
 
