@@ -23,10 +23,10 @@ from pydantic import Field, ValidationError
 
 from leakbench.cache import cache_dir
 from leakbench.errors import UserError, did_you_mean
+from leakbench.parts import Part, content_hash
 from leakbench.provenance import code_sha256
 from leakbench.sources import EntrySource, Kind, find_source
 from leakbench.sources import sources as installed
-from leakbench.tasks import Part, content_hash
 
 Value = int | float | str | bool | None
 """What a parameter of an entry may be."""

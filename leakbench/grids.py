@@ -11,7 +11,9 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from leakbench.entries import NO_DEFENSE, EntrySpec, chain_label, resolve_all
 from leakbench.errors import UserError
-from leakbench.tasks import Architecture, BatchSpec, Part, Protocol, Stage, Task, ThreatModel
+from leakbench.parts import Part
+from leakbench.stage import Stage
+from leakbench.tasks import Architecture, BatchSpec, Protocol, Task, ThreatModel
 
 ModelDraws = Literal["one", "per_trial"]
 T = TypeVar("T")

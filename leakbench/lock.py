@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leakbench.errors import UserError
-from leakbench.tasks import content_hash
+from leakbench.parts import content_hash
 
 if TYPE_CHECKING:
     from leakbench.grids import Suite

@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from leakbench.tasks import content_hash
+from leakbench.parts import content_hash
 
 PACKAGE = Path(__file__).resolve().parent
 
 NUMBER_MOVING = (
+    "parts.py",
+    "stage.py",
     "tasks.py",
     "keys.py",
     "randomness.py",

@@ -22,11 +22,12 @@ from leakbench.errors import UserError, unknown
 from leakbench.grids import Cell
 from leakbench.lock import tasks_folder
 from leakbench.metrics import METRICS, headline
+from leakbench.parts import Part
 from leakbench.results import load_rows
 from leakbench.runner.session import planned_jobs
 from leakbench.schema import ROW_FIELDS, task_columns
+from leakbench.stage import stage_order
 from leakbench.suites import read_yaml
-from leakbench.tasks import Part, stage_order
 
 Where = dict[str, str | int | float | bool | None]
 """Values by row column."""

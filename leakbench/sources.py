@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leakbench.errors import UserError
+from leakbench.parts import content_hash
 from leakbench.registry import Registry
-from leakbench.tasks import content_hash
 
 Kind = Literal["attack", "defense"]
 """The two kinds of entry."""

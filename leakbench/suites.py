@@ -20,8 +20,9 @@ from leakbench.errors import UserError, did_you_mean, unknown
 from leakbench.grids import Budget, Cell, Grid, Suite
 from leakbench.lock import tasks_folder
 from leakbench.models.catalogue import architecture_spec
+from leakbench.parts import Part
 from leakbench.sources import Kind
-from leakbench.tasks import Architecture, BatchSpec, Part, Protocol, Task, ThreatModel
+from leakbench.tasks import Architecture, BatchSpec, Protocol, Task, ThreatModel
 
 __all__ = ["Cell", "Grid", "Suite", "load_suite", "load_task", "read_suite", "suite_paths"]
 

@@ -24,7 +24,7 @@ from leakbench.board.score import TABLE_COLUMNS, group_ids
 from leakbench.board.stats import CONFIDENCE, RESAMPLES
 from leakbench.keys import DEVELOPMENT
 from leakbench.metrics import METRICS, headline
-from leakbench.tasks import stage_order
+from leakbench.stage import stage_order
 
 if TYPE_CHECKING:
     from rich.console import Console

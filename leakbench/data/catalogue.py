@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from leakbench.parts import Part
 from leakbench.registry import Registry
-from leakbench.tasks import InputSpec, Part
+from leakbench.tasks import InputSpec
 
 
 class DatasetSpec(Part):

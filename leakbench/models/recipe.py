@@ -27,7 +27,7 @@ from leakbench.keys import PUBLIC_KEY, seed
 from leakbench.models.build import Transform, initialised, seeded
 from leakbench.models.catalogue import ZOOS
 from leakbench.models.small import Classifier
-from leakbench.tasks import SGDStage
+from leakbench.stage import SGDStage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -24,7 +24,8 @@ from leakbench.models.build import build_module, first_line
 from leakbench.models.catalogue import ZOOS
 from leakbench.models.functional import build_model
 from leakbench.models.recipe import RECIPE_VERSION, TrainingData, init_seed, resumable, train
-from leakbench.tasks import SGDStage, content_hash
+from leakbench.parts import content_hash
+from leakbench.stage import SGDStage
 
 if TYPE_CHECKING:
     from leakbench.tasks import Architecture

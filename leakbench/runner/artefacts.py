@@ -15,9 +15,9 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from leakbench.parts import content_hash
 from leakbench.runner.scene import Kept
 from leakbench.runner.wire import Blob
-from leakbench.tasks import content_hash
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from leakbench.entries import EntrySpec, chain_label
 from leakbench.errors import UserError
 from leakbench.grids import Cell, ModelDraws
 from leakbench.keys import Season
-from leakbench.tasks import Task, content_hash
+from leakbench.parts import content_hash
+from leakbench.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from leakbench.errors import InvalidOutput
 from leakbench.keys import Season
 from leakbench.models.functional import build_model, flat_state
 from leakbench.models.imprint import IMPRINTS, insert
+from leakbench.parts import content_hash
 from leakbench.provenance import code_sha256
 from leakbench.runner.artefacts import Artefact, Artefacts
 from leakbench.runner.children import Child, ChildFailed
@@ -30,7 +31,7 @@ from leakbench.runner.plan import Job
 from leakbench.runner.scene import Built, Kept, Scenes, Weights
 from leakbench.runner.stealth import changes, stealth
 from leakbench.runner.wire import Blob, Message
-from leakbench.tasks import Task, content_hash
+from leakbench.tasks import Task
 
 BUILD_SECONDS = 3600.0
 """Time limit of building a changed architecture, training included."""

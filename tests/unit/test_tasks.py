@@ -9,17 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from leakbench.tasks import (
-    LANES,
-    Architecture,
-    BatchSpec,
-    InputSpec,
-    Part,
-    Protocol,
-    Task,
-    ThreatModel,
-    content_hash,
-)
+from leakbench.parts import Part, content_hash
+from leakbench.tasks import LANES, Architecture, BatchSpec, InputSpec, Protocol, Task, ThreatModel
 
 DELTA = Protocol(sends="delta", local_steps=4)
 MALICIOUS = ThreatModel(adversary="malicious_server", change_parameters=True)
