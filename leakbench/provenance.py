@@ -39,6 +39,7 @@ NUMBER_MOVING = (
     "runner/loading.py",
     "runner/rows.py",
     "runner/scene.py",
+    "runner/stealth.py",
     "runner/wire.py",
     "runner/workshop.py",
 )
