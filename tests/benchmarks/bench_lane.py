@@ -2,7 +2,7 @@
 
     LEAKBENCH_DATA=<dir> python tests/benchmarks/bench_lane.py [fishing|imprint]
 
-fishing: share of the clients whose label counts `bn_fishing` recovers exactly, up to the rank limit of d + 1 clients and
+fishing: share of the clients whose label counts `bn_fishing` recovers exactly, up to the limit of d + 1 clients and
 beyond. imprint: images of 64 that `robbing_the_fed` recovers at 40 dB, mean of 20 batches, beside n (1 - 1/k)^(n - 1).
 """
 
