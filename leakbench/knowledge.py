@@ -37,7 +37,7 @@ class Facts:
         batch_size: B; the mean, rounded up, where clients differ.
         inputs_per_client: N; the mean, rounded up, where clients differ.
         client_sizes: (K,) examples behind each client's update.
-        local_batches: Distinct batches of a client; known with the batch size.
+        local_batches: Distinct batches of a client; inputs over batch size where None.
         class_prior: (C,) class frequencies of the data source.
         wall_seconds: Time the whole block may take.
         model_evaluations: Gradient evaluations per trial that the budget allows; None is unlimited.
@@ -53,7 +53,7 @@ class Facts:
     batch_size: int | None = None
     inputs_per_client: int | None = None
     client_sizes: tuple[int, ...] | None = None
-    local_batches: int = 1
+    local_batches: int | None = None
     class_prior: tuple[float, ...] | None = None
     wall_seconds: float | None = None
     model_evaluations: int | None = None

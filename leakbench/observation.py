@@ -144,7 +144,7 @@ class Observation(Knowledge):
             clients=1,
             client_sizes=None,
             inputs_per_client=own,
-            batch_size=None if own is None else own // self._facts.local_batches,
+            batch_size=None if own is None else own // self._local_batches,
             granted=self._facts.granted - ({"bn_statistics"} if seen.statistics else set()),
             protocol=self._facts.protocol.model_copy(update={"clients": 1, "weighting": "equal"}),
         )
@@ -252,8 +252,12 @@ class Observation(Knowledge):
         if self._facts.protocol.reduction == "mean":
             return self.local_steps
         merged = math.prod(part.merges for part in (() if self._defense is None else self._defense.parts))
-        batches = (self.client_sizes / self._facts.local_batches / merged).ceil()
+        batches = (self.client_sizes / self._local_batches / merged).ceil()
         return self.local_steps * float(self.client_weights @ batches.double())
+
+    @property
+    def _local_batches(self) -> int:
+        return self._facts.local_batches or self.inputs_per_client // self.batch_size
 
     def _head(self, part: str) -> Tensor:
         name = f"{self.model.head}.{part}"

@@ -62,7 +62,7 @@ def granted_facts(
         "batch_size": math.ceil(mean / protocol.local_batches) if threat.batch_size else None,
         "inputs_per_client": math.ceil(mean) if threat.batch_size else None,
         "client_sizes": task.client_sizes if threat.batch_size else None,
-        "local_batches": protocol.local_batches if threat.batch_size else 1,
+        "local_batches": protocol.local_batches if threat.batch_size else None,
         "class_prior": data.class_prior().tolist() if threat.label_prior else None,
         "wall_seconds": wall_seconds,
         "model_evaluations": model_evaluations,
