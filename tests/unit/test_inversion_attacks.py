@@ -248,7 +248,7 @@ def test_the_batch_norm_prior_vanishes_at_the_truth_with_its_exact_statistics():
     observation, inputs, _ = seen(BATCH_NORM, exact=True, batch=16)
     prior, rows = BatchNormStatistics(weight=1.0, first=10.0), rows_of(observation)
     at_truth, elsewhere = prior(inputs, rows), prior(torch.randn_like(inputs), rows)
-    assert (at_truth < 0.05 * elsewhere).all()
+    assert (at_truth < 0.1 * elsewhere).all()
 
 
 def test_batch_norm_statistics_are_used_where_there_are_any():
