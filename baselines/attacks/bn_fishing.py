@@ -23,8 +23,9 @@ SAME = 1e-3
 """Greatest relative spread of features that count as equal: later BatchNorms blow rounding errors up."""
 MARGIN = 4
 """Scales by which other clients' channels lie below 0: normalised activations are rarely beyond 4."""
-SPREAD = 3.0
-"""Shifts of 1 leave a unit of LeNet-5's last layer dead for every client (rank 83 of 84 on CIFAR-10), of 3 none."""
+SPREADS = (3.0, 1.0)
+"""Size of the shifts for one local step, and for several. Shifts of 1 leave a unit of LeNet-5's last layer dead for all
+clients (rank 83 of 84 on CIFAR-10), of 3 none. With two steps (mlp, 10 clients, lr .01) 1 is exact and 3 for 5% only."""
 FLOOR = 1e-2
 """Singular value, for rows of length 1, of a direction that counts as half determined."""
 ENOUGH = 0.99
@@ -55,7 +56,7 @@ class BNFishing(Attack):
             ``selected``: those of random shifts whose embeddings depend the least on each other. ``auto``:
             blocks if these determine nearly every client, else the better of the two; always blocks where every trial
             has weights of its own, because one set of shifts serves all trials.
-        spread: Size of the shifts.
+        spread: Size of the shifts. None: 3, or 1 where clients take several local steps.
         pool: Random shifts per client to select from.
 
     Reference: Wang, Chang, Hu, Pang, Du, Chen, Ren, "Breaking Secure Aggregation: Label Leakage from Aggregated
@@ -67,13 +68,19 @@ class BNFishing(Attack):
     reads = ("head.weight", "head.bias")
 
     def __init__(
-        self, *, layer: str = "auto", scale: float = 0.0, design: str = "auto", spread: float = SPREAD, pool: int = 2
+        self,
+        *,
+        layer: str = "auto",
+        scale: float = 0.0,
+        design: str = "auto",
+        spread: float | None = None,
+        pool: int = 2,
     ) -> None:
         if design not in DESIGNS:
             raise UserError(f"bn_fishing: design: expected {', '.join(DESIGNS)}, got {design!r}; write design='auto'")
         if scale < 0:
             raise UserError(f"bn_fishing: scale: expected at least 0, got {scale}; write bn_fishing(scale=0.0)")
-        if spread <= 0:
+        if spread is not None and spread <= 0:
             raise UserError(f"bn_fishing: spread: expected above 0, got {spread}; write bn_fishing(spread=3.0)")
         if pool < 1:
             raise UserError(f"bn_fishing: pool: expected at least 1, got {pool}; write bn_fishing(pool=2)")
@@ -98,7 +105,7 @@ class BNFishing(Attack):
         layer = self._layer(knowledge)
         inputs = self._inputs(knowledge)
         channels = model.parameters[f"{layer}.bias"].shape[1]
-        shifts = self._blocks(knowledge.clients, channels)
+        shifts = self._blocks(knowledge, channels)
         if self.design == "selected" and model.draws > 1:
             raise NotApplicable("bn_fishing: design selected chooses by one model's weights; use model_draws: one")
         if model.draws > 1:
@@ -159,7 +166,7 @@ class BNFishing(Attack):
             return self.layer
         dummies = uniform_pixels(knowledge, DUMMIES, model.dtype)
         for name in dict.fromkeys([*norms[-1:], *norms]):
-            shift = torch.full_like(model.parameters[f"{name}.bias"][:1], self.spread)
+            shift = torch.full_like(model.parameters[f"{name}.bias"][:1], self._spread(knowledge))
             features = _features(knowledge, name, shift, 0.0, dummies)[1]
             if bool((features - features[:, :1]).abs().amax() <= SAME * features.abs().amax()):
                 return name
@@ -174,11 +181,16 @@ class BNFishing(Attack):
         pixels: Tensor = uniform_pixels(knowledge, count, dtype)
         return pixels
 
-    def _blocks(self, clients: int, channels: int) -> Tensor:
+    def _spread(self, knowledge: Knowledge) -> float:
+        several = knowledge.sends != "gradient" and knowledge.local_steps > 1
+        return SPREADS[several] if self.spread is None else self.spread
+
+    def _blocks(self, knowledge: Knowledge, channels: int) -> Tensor:
         """Return shifts (K, channels): clients have channels of their own, or share them at greater shifts."""
+        clients = knowledge.clients
         client, channel = torch.arange(clients)[:, None], torch.arange(channels)
         own = (channel - client) % min(clients, channels) == 0
-        return torch.where(own, self.spread * (1 + client // channels), -MARGIN * self.scale)
+        return torch.where(own, self._spread(knowledge) * (1 + client // channels), -MARGIN * self.scale)
 
     def _chosen(
         self, knowledge: Knowledge, layer: str, blocks: Tensor, inputs: Tensor
@@ -190,7 +202,9 @@ class BNFishing(Attack):
         if self.design == "blocks" or (self.design == "auto" and _determined(rows) >= ENOUGH * min(rows.shape)):
             return blocks, seen
         stream = torch.Generator().manual_seed(0)
-        pool = torch.cat([blocks, self.spread * torch.randn(self.pool * clients, channels, generator=stream)])
+        pool = torch.cat(
+            [blocks, self._spread(knowledge) * torch.randn(self.pool * clients, channels, generator=stream)]
+        )
         extra = self._embed(knowledge, layer, pool[clients:], inputs)
         both = {name: torch.cat([value, extra[name]], 1) for name, value in seen.items()}
         candidates = _directions(knowledge, both)
