@@ -25,7 +25,7 @@ MARGIN = 4
 """Scales by which other clients' channels lie below 0: normalised activations are rarely beyond 4."""
 SPREADS = (3.0, 1.0)
 """Size of the shifts for one local step, and for several. Shifts of 1 leave a unit of LeNet-5's last layer dead for all
-clients (rank 83 of 84 on CIFAR-10), of 3 none. With two steps (mlp, 10 clients, lr .01) 1 is exact and 3 for 5% only."""
+clients (rank 83 of 84 on CIFAR-10), of 3 none. With two steps (mlp, 10 clients, lr .01) 1 is exact, 3 for 5% only."""
 FLOOR = 1e-2
 """Singular value, for rows of length 1, of a direction that counts as half determined."""
 ENOUGH = 0.99
