@@ -35,7 +35,7 @@ class Planted:
     def model_of(self, client: int) -> Model:
         """Return what client ``client`` (from 0) gets, M = 1 or T."""
         own = {
-            name: value[client : client + 1] if self.clients > 1 and len(value) > 1 else value
+            name: value[client : client + 1] if self._each_its_own(value) else value
             for name, value in self.tensors.items()
         }
         return self.honest.with_state(parameters=own) if own else self.honest
@@ -43,7 +43,7 @@ class Planted:
     def mean(self, weights: Tensor) -> Model:
         """Return the mean of what the clients got, by their weights (K,): where an aggregate of weights starts."""
         own = {
-            name: torch.tensordot(weights.to(value), value, 1)[None] if self.clients > 1 and len(value) > 1 else value
+            name: torch.tensordot(weights.to(value), value, 1)[None] if self._each_its_own(value) else value
             for name, value in self.tensors.items()
         }
         return self.honest.with_state(parameters=own)
@@ -58,7 +58,7 @@ class Planted:
         """A hash per client, (K,): equal where clients got the same parameters."""
         shared, own = hashlib.sha256(), []
         for name, value in sorted(self.tensors.items()):
-            if self.clients > 1 and len(value) > 1:
+            if self._each_its_own(value):
                 own.append(name)
             else:
                 shared.update(_bytes(name, value))
@@ -69,6 +69,10 @@ class Planted:
                 digest.update(_bytes(name, self.tensors[name][k]))
             found.append(digest.hexdigest())
         return tuple(found)
+
+    def _each_its_own(self, value: Tensor) -> bool:
+        """Return whether the leading dimension of a tensor counts clients, not trials or one for all."""
+        return self.clients > 1 and len(value) > 1
 
 
 def _bytes(name: str, value: Tensor) -> bytes:
