@@ -297,15 +297,15 @@ class Task(Part):
         return "-".join(parts)
 
     @property
-    def inputs_per_client(self) -> int:
-        """N: examples behind one client's update; of the largest client where they differ."""
-        return self.batch.size * self.protocol.local_batches
-
-    @property
     def client_sizes(self) -> tuple[int, ...]:
         """N of every client, (K,)."""
         clients, batches = self.protocol.clients, self.protocol.local_batches
         return tuple(self.batch.of_client(k).size * batches for k in range(clients))
+
+    @property
+    def total_inputs(self) -> int:
+        """Examples behind one update, all clients together."""
+        return sum(self.client_sizes)
 
     @property
     def lane(self) -> str | None:

@@ -156,7 +156,7 @@ class Fishing(InversionAttack):
         return recovery if examples is None else replace(recovery, notes={**recovery.notes, "hooked": examples})
 
     def _class_hook(self, knowledge: Knowledge) -> dict[str, Tensor]:
-        total = int(knowledge.client_sizes.sum())
+        total = knowledge.total_inputs
         features = _features(knowledge)
         sums = features.sum(-1)
         if bool((self.class_multiplier * sums).max() > self.bias - SATURATED):
@@ -185,7 +185,7 @@ class Fishing(InversionAttack):
         deviation = float(means.std())
         if not deviation > torch.finfo(knowledge.model.dtype).eps * float(means.abs().max()) * self.feat_multiplier:
             raise NotApplicable("fishing: the mean feature is the same for all auxiliary inputs; choose another net")
-        total = max(2, int(knowledge.client_sizes.sum()))
+        total = max(2, knowledge.total_inputs)
         levels = means.quantile(1 - torch.arange(1, min(total, LEVELS)).to(means) / total)
         beyond = means.max() + (means.max() - means.min())
         thresholds = torch.cat([levels[:1], beyond[None], levels[1:]])
@@ -298,7 +298,7 @@ def hooked(observation: Observation) -> tuple[dict[str, Tensor], Tensor | None]:
         side = 1 if len(observation.prepared["bias"]) == 1 else -1
         return {name: side * value for name, value in bins[0].items()}, None
     own = f"{observation.model.head}.bias", int(observation.prepared["class"])
-    total = int(observation.client_sizes.sum()) if observation.reduction == "mean" else observation.clients
+    total = observation.total_inputs if observation.reduction == "mean" else observation.clients
     counts = torch.stack([total * change[own[0]][:, own[1]].nan_to_num() for change in bins])
     best = (counts.abs() - 1).abs().argmin(0)
     trial = torch.arange(len(best), device=best.device)

@@ -125,7 +125,7 @@ class RobbingTheFed(Attack):
             bias = torch.cat([bias[:, :-1] - bias[:, 1:], bias[:, -1:]], 1)
         prepared, shape = observation.prepared, observation.input_spec.shape
         low, high = (bound.double().expand(shape).flatten() for bound in observation.bounds)
-        total = int(observation.client_sizes.sum())
+        total = observation.total_inputs
         claims, found = [], []
         for one, share in zip(weight, bias, strict=True):  # trials take turns for the memory of all their bins
             rows = one / share.where(share != 0, 1)[:, None]

@@ -214,7 +214,7 @@ class Exchange:
             "shape": {
                 "trials": len(trials),
                 "clients": task.protocol.clients,
-                "inputs": sum(task.client_sizes) if threat.batch_size else task.protocol.clients << 12,
+                "inputs": task.total_inputs if threat.batch_size else task.protocol.clients << 12,
                 "num_classes": self.data.num_classes,
             },
         }
@@ -311,7 +311,7 @@ class Exchange:
         shape = RecoveryShape(
             trials=len(job.trials),
             clients=task.protocol.clients,
-            inputs=sum(task.client_sizes),
+            inputs=task.total_inputs,
             num_classes=self.data.num_classes,
             input_shape=self.data.input_spec.shape,
         )
@@ -341,8 +341,7 @@ class Exchange:
 
     def _recovery_limit(self) -> int:
         clients = self.task.protocol.clients
-        inputs = sum(self.task.client_sizes)
-        numbers = clients * self.data.num_classes + inputs * self.data.images[0].size + 256
+        numbers = clients * self.data.num_classes + self.task.total_inputs * self.data.images[0].size + 256
         return 8 * len(self.job.trials) * int(numbers) + SLACK_BYTES
 
 

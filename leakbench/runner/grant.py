@@ -47,7 +47,7 @@ def granted_facts(
     """Return the JSON of `leakbench.knowledge.Facts`, with everything withheld left out."""
     threat, protocol = task.threat_model, task.protocol
     withheld: dict[str, Any] = {}
-    mean = sum(task.client_sizes) / protocol.clients
+    mean = task.total_inputs / protocol.clients
     if not threat.lr:
         withheld |= {"lr": Protocol().lr, "momentum": 0.0, "weight_decay": 0.0}
     if not threat.local_steps:

@@ -286,7 +286,7 @@ class Scenes:
         def compute() -> dict[str, float]:
             if union:
                 counts = [draw(batch, clients) for batch, clients in sizes.items()]
-                return label_chance(np.sum(counts, axis=0), prior, sum(task.client_sizes))
+                return label_chance(np.sum(counts, axis=0), prior, task.total_inputs)
             levels = [label_chance(draw(batch, 1), prior, batch.size * protocol.local_batches) for batch in sizes]
             weights = np.array(list(sizes.values())) / protocol.clients
             return {name: float(weights @ [level[name] for level in levels]) for name in levels[0]}
@@ -297,7 +297,7 @@ class Scenes:
     def floors(self, task: Task, trials: Sequence[int]) -> dict[str, Tensor]:
         """Return the images that need no update: uniform noise (T, n, *shape) and the mean image (1, 1, *shape)."""
         data = self.dataset(task)
-        shape = (sum(task.client_sizes), *data.input_spec.shape)
+        shape = (task.total_inputs, *data.input_spec.shape)
         noise = torch.empty(len(trials), *shape)
         for row, trial in zip(noise, trials, strict=True):
             row.uniform_(generator=torch.Generator().manual_seed(seed(PUBLIC_KEY, "floor", shape, trial)))

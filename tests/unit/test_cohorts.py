@@ -153,7 +153,7 @@ def test_images_of_unequal_clients_are_scored_without_the_padding():
     _, victims = truth(of)
     data = load_dataset("digits")
     flat = victims.inputs.reshape(TRIALS, -1, *data.input_spec.shape)[:, victims.held]
-    assert flat.shape[1] == sum(of.client_sizes) == 12
+    assert flat.shape[1] == of.total_inputs == 12
     Images.claim = to_inputs(flat, data.input_spec, of.normalise).flip(1)
     assert run(Images(), of).psnr.tolist() == [120.0] * TRIALS
 

@@ -160,7 +160,7 @@ def test_ids_are_readable():
 )
 def test_a_client_holds_the_examples_of_its_distinct_batches(protocol, distinct):
     assert protocol.local_batches == distinct
-    assert task(protocol=protocol, batch=BatchSpec(size=5)).inputs_per_client == 5 * distinct
+    assert task(protocol=protocol, batch=BatchSpec(size=5)).client_sizes == (5 * distinct,)
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------
