@@ -6,6 +6,7 @@ trained, the batch, what the client does and sends, what the adversary may know,
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,6 +20,10 @@ from leakbench.stage import SGDStage, Stage
 
 Sampler = Literal["iid", "unique", "unbalanced", "single_class", "balanced", "dirichlet"]
 BNStatistics = Literal["none", "running", "updated_running", "exact_batch"]
+Target = Literal["labels", "inputs", "attribute", "membership"]
+
+INFERENCE = frozenset({"attribute", "membership"})
+"""Targets that are one bit per trial, decided by a fair coin."""
 
 LANES = (
     "legacy_upper_bound",
@@ -104,6 +109,28 @@ class BatchSpec(Part):
 def local_batches(batches: str, local_steps: int, batches_per_epoch: int) -> int:
     """Return the distinct batches of a client (S), from a `Protocol`'s fields or the columns of a row."""
     return {"fresh": local_steps, "same": 1, "epochs": batches_per_epoch}[batches]
+
+
+class AttributeSpec(Part):
+    """What is to be told of a client: whether examples with some attribute are in its batches."""
+
+    name: str
+    """A label map or attribute column of the dataset, or ``class``, its source's own label."""
+    value: int = 1
+    """The value of an example that has the attribute."""
+    mix: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the examples of each batch that have it, rounded up, in a client that does; in one that does not, no
+    example has (Melis et al. 2019, arXiv 1805.04049: pure batches at 1, mixed ones below)."""
+
+    def of_batch(self, size: int) -> int:
+        """Return how many examples of a batch of ``size`` have the attribute, in a client that does."""
+        return math.ceil(round(self.mix * size, 9))  # .07 * 100 is 7.000000000000001
+
+    @property
+    def label(self) -> str:
+        """Short name, e.g. ``class3`` or ``ge5-mix0.4``."""
+        value = "" if self.value == 1 and self.name != "class" else str(self.value)
+        return f"{self.name}{value}" + (f"-mix{self.mix:g}" if self.mix < 1 else "")
 
 
 class Protocol(Part):
@@ -263,10 +290,16 @@ class Task(Part):
     """What the client does and sends."""
     threat_model: ThreatModel = ThreatModel()
     """What the adversary knows and may do."""
-    target: Literal["labels", "inputs"] = "labels"
-    """What is to be recovered."""
+    target: Target = "labels"
+    """What is to be recovered: ``labels`` or ``inputs`` of the clients; ``attribute``: whether the first client has
+    examples with it; ``membership``: whether a given example is one of the first client's. The last two are decided
+    by a fair coin."""
+    attribute: AttributeSpec | None = None
+    """Which attribute, exactly where that is the target."""
     version: Annotated[int, Field(ge=1)] = 1
     """Raised when the definition of the task changes a number."""
+
+    younger: ClassVar[frozenset[str]] = frozenset({"attribute"})
 
     @model_validator(mode="after")
     def _clients_without_aggregation_are_trials(self) -> Task:
@@ -276,6 +309,15 @@ class Task(Part):
             raise ValueError(f"sizes: expected at most one per client, {self.protocol.clients}, got {self.batch.sizes}")
         if self.batch.sizes is not None and self.protocol.batches == "epochs":
             raise ValueError("sizes: clients that differ need batches: fresh or same, not epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _one_bit_is_asked_of_iid_batches(self) -> Task:
+        if (self.target == "attribute") != (self.attribute is not None):
+            raise ValueError("target: attribute needs attribute: {name: ...}, and no other target takes one")
+        if self.target in INFERENCE and self.batch.sampler != "iid":
+            # Another law of labels would by itself tell which batches can have the attribute or hold the candidate.
+            raise ValueError(f"target: {self.target} needs sampler: iid, got {self.batch.sampler}")
         return self
 
     @property
@@ -293,6 +335,7 @@ class Task(Part):
             self.batch.label,
             self.protocol.label,
             self.target,
+            *([] if self.attribute is None else [self.attribute.label]),
         ]
         return "-".join(parts)
 
@@ -315,6 +358,8 @@ class Task(Part):
             return None
         if threat.adversary == "malicious_server":
             return "malicious_server"
+        if self.target in INFERENCE:
+            return "inference"
         if protocol.clients > 1:
             return "aggregate"
         if protocol.sends != "gradient":

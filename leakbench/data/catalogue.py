@@ -10,6 +10,9 @@ from leakbench.parts import Part
 from leakbench.registry import Registry
 from leakbench.tasks import InputSpec
 
+SOURCE_CLASS = "class"
+"""Attribute that every dataset has: its source's own label."""
+
 
 class DatasetSpec(Part):
     """A named source of labelled images."""
@@ -33,6 +36,9 @@ class DatasetSpec(Part):
     """Further integer or boolean columns that an attribute target may ask for."""
     label_maps: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     """Attributes that follow from the label: name -> value per class."""
+    main_task: str = ""
+    """Label map whose values are the labels that clients train on; the source's own labels, which the maps are of,
+    stay readable as attribute ``class``."""
     classes: Annotated[int, Field(ge=1)]
     """Number of classes (C)."""
     input: InputSpec
@@ -50,7 +56,7 @@ DATASETS: Registry[DatasetSpec] = Registry("dataset")
 """Every dataset that a task may name."""
 
 _Maps = dict[str, tuple[int, ...]]
-_PARITY: _Maps = {"parity": (0, 1) * 5}
+_DIGIT: _Maps = {"parity": (0, 1) * 5, "ge5": (0,) * 5 + (1,) * 5}
 _ANIMAL: _Maps = {"animal": (0, 0, 1, 1, 1, 1, 1, 1, 0, 0)}
 _HAIR = ("Bald", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
 
@@ -67,24 +73,49 @@ _CELEBA = DatasetSpec(
     max_examples=20_000,
     note="Liu et al. 2015; label: attribute Male. Cut by example, so one person may be in several splits.",
 )
+_DIGITS = DatasetSpec(
+    name="digits",
+    label_maps=_DIGIT,
+    classes=10,
+    input=InputSpec(shape=(1, 8, 8), mean=(0.3053,), std=(0.3760,)),
+    note="1,797 real 8x8 digits that travel with scikit-learn: for demonstrations, never ranked.",
+)
+_MNIST = DatasetSpec(
+    name="mnist",
+    hub_id="ylecun/mnist",
+    folder="mnist",
+    test_split="test",
+    label_maps=_DIGIT,
+    classes=10,
+    input=InputSpec(shape=(1, 28, 28), mean=(0.1307,), std=(0.3081,)),
+)
+_CIFAR10 = DatasetSpec(
+    name="cifar10",
+    hub_id="uoft-cs/cifar10",
+    folder="plain_text",
+    test_split="test",
+    image_column="img",
+    label_maps=_ANIMAL,
+    classes=10,
+    input=InputSpec(shape=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    note="JPEG re-encodings are in circulation; compare fingerprints before comparing numbers.",
+)
+
+
+def _maps_as_task(source: DatasetSpec, label_map: str) -> DatasetSpec:
+    """Return ``source`` with one of its label maps as the main task."""
+    classes = len(set(source.label_maps[label_map]))
+    fields = {"name": f"{source.name}_{label_map}", "main_task": label_map, "classes": classes}
+    return source.model_copy(update=fields)
+
 
 for _spec in (
-    DatasetSpec(
-        name="digits",
-        label_maps=_PARITY,
-        classes=10,
-        input=InputSpec(shape=(1, 8, 8), mean=(0.3053,), std=(0.3760,)),
-        note="1,797 real 8x8 digits that travel with scikit-learn: for demonstrations, never ranked.",
-    ),
-    DatasetSpec(
-        name="mnist",
-        hub_id="ylecun/mnist",
-        folder="mnist",
-        test_split="test",
-        label_maps=_PARITY,
-        classes=10,
-        input=InputSpec(shape=(1, 28, 28), mean=(0.1307,), std=(0.3081,)),
-    ),
+    _DIGITS,
+    _maps_as_task(_DIGITS, "parity"),
+    _MNIST,
+    _maps_as_task(_MNIST, "parity"),
+    _CIFAR10,
+    _maps_as_task(_CIFAR10, "animal"),
     DatasetSpec(
         name="fashion_mnist",
         hub_id="zalando-datasets/fashion_mnist",
@@ -92,17 +123,6 @@ for _spec in (
         test_split="test",
         classes=10,
         input=InputSpec(shape=(1, 28, 28), mean=(0.2860,), std=(0.3530,)),
-    ),
-    DatasetSpec(
-        name="cifar10",
-        hub_id="uoft-cs/cifar10",
-        folder="plain_text",
-        test_split="test",
-        image_column="img",
-        label_maps=_ANIMAL,
-        classes=10,
-        input=InputSpec(shape=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-        note="JPEG re-encodings are in circulation; compare fingerprints before comparing numbers.",
     ),
     DatasetSpec(
         name="cifar100",
@@ -120,7 +140,7 @@ for _spec in (
         hub_id="ufldl-stanford/svhn",
         folder="cropped_digits",
         test_split="test",
-        label_maps=_PARITY,
+        label_maps=_DIGIT,
         classes=10,
         input=InputSpec(shape=(3, 32, 32), mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)),
     ),

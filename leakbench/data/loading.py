@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from leakbench import keys
-from leakbench.data.catalogue import DATASETS, DatasetSpec
+from leakbench.data.catalogue import DATASETS, SOURCE_CLASS, DatasetSpec
 from leakbench.data.hub import Columns, Rows, read_split
 from leakbench.errors import UserError
-from leakbench.tasks import InputSpec
+from leakbench.tasks import AttributeSpec, InputSpec
 
 PRIVATE_OF_TRAIN = 0.8
 """Share of a source train split that becomes private; the rest is auxiliary."""
@@ -36,7 +36,7 @@ class Dataset:
         images: uint8 (n, *shape), all splits.
         labels: int64 (n,).
         splits: ``private``, ``auxiliary`` and ``test``: disjoint int64 indices into the first axis.
-        attributes: int64 (n,) for each attribute column and label map of ``spec``.
+        attributes: int64 (n,) for each attribute column and label map of ``spec``, and ``class``, the source's label.
     """
 
     spec: DatasetSpec
@@ -74,6 +74,19 @@ class Dataset:
             known = ", ".join(name for name, rows in self.splits.items() if len(rows))
             raise UserError(f"dataset {self.spec.name} has no examples in split {split!r}; expected one of: {known}")
         return self.splits[split]
+
+    def has(self, attribute: AttributeSpec) -> npt.NDArray[np.bool_]:
+        """Return which examples have an attribute, bool (n,).
+
+        Raises:
+            UserError: The dataset has no such attribute.
+        """
+        if attribute.name not in self.attributes:
+            raise UserError(
+                f"attribute {attribute.name}: expected one of dataset {self.spec.name}, got none of this name; "
+                f"choose one of: {', '.join(sorted(self.attributes))}"
+            )
+        return np.asarray(self.attributes[attribute.name] == attribute.value)
 
     def class_prior(self, split: str = "private") -> npt.NDArray[np.float64]:
         """Return the relative frequency of each class in a split, (C,)."""
@@ -157,14 +170,17 @@ def _assemble(
     if len(spec.label_columns) > 1:
         flags = np.stack([columns[name] != 0 for name in spec.label_columns], axis=1)
         labels = np.where(flags.sum(axis=1) == 1, flags.argmax(axis=1), len(spec.label_columns)).astype(np.int64)
-    if len(labels) and (labels.min() < 0 or labels.max() >= spec.classes):
-        wrong = labels[(labels < 0) | (labels >= spec.classes)][0]
+    classes = len(spec.label_maps[spec.main_task]) if spec.main_task else spec.classes
+    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        wrong = labels[(labels < 0) | (labels >= classes)][0]
         raise UserError(
-            f"dataset {spec.name}: expected labels 0 to {spec.classes - 1}, got {wrong}; "
+            f"dataset {spec.name}: expected labels 0 to {classes - 1}, got {wrong}; "
             "drop unlabelled examples or correct the labels"
         )
-    attributes = {name: columns[name] for name in spec.attribute_columns}
+    attributes = {SOURCE_CLASS: labels} | {name: columns[name] for name in spec.attribute_columns}
     attributes |= {name: np.asarray(values, dtype=np.int64)[labels] for name, values in spec.label_maps.items()}
+    if spec.main_task:
+        labels = attributes[spec.main_task]
     bounds = np.cumsum((0, *sizes))
     splits = {
         name: np.arange(bounds[i], bounds[i + 1], dtype=np.int64)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from leakbench import keys
 from leakbench.data.loading import Dataset
 from leakbench.errors import Unavailable
-from leakbench.tasks import BatchSpec
+from leakbench.tasks import AttributeSpec, BatchSpec, Task
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -28,6 +28,21 @@ _CHUNK_WORDS = 2_000_000
 
 
 @dataclass(frozen=True, eq=False)
+class Candidates:
+    """The one example of each trial of which membership is asked.
+
+    Args:
+        indices: int64 (T,) into the dataset.
+        inputs: uint8 (T, *shape).
+        labels: int64 (T,).
+    """
+
+    indices: Ints
+    inputs: npt.NDArray[np.uint8]
+    labels: Ints
+
+
+@dataclass(frozen=True, eq=False)
 class Victims:
     """The private examples of T trials with K clients; a client's N = S * B examples are its S batches in order.
 
@@ -35,6 +50,9 @@ class Victims:
         indices: int64 (T, K, N) into the dataset, distinct within a trial.
         inputs: uint8 (T, K, N, *shape).
         labels: int64 (T, K, N).
+        truth: int64 (T,): 1 where the first client has the attribute or the candidate, 0 where not; None where neither
+            is asked.
+        candidates: Of whom membership is asked.
 
     N is the largest client's; what a smaller one lacks has index and label `PADDING`, and black inputs.
     """
@@ -42,6 +60,8 @@ class Victims:
     indices: Ints
     inputs: npt.NDArray[np.uint8]
     labels: Ints
+    truth: Ints | None = None
+    candidates: Candidates | None = None
 
     @property
     def held(self) -> npt.NDArray[np.bool_]:
@@ -82,6 +102,29 @@ class _Pool:
         return int(self.members[label][taken])
 
 
+def draw_task(dataset: Dataset, task: Task, *, trials: Sequence[int], key: bytes, split: str = "private") -> Victims:
+    """Draw what the clients of a task hold; see `draw_victims`.
+
+    Args:
+        dataset: The task's.
+        task: The task.
+        trials: Trial numbers, length T.
+        key: The season's key.
+        split: Which split to draw from.
+    """
+    return draw_victims(
+        dataset,
+        task.batch,
+        clients=task.protocol.clients,
+        local_batches=task.protocol.local_batches,
+        trials=trials,
+        key=key,
+        split=split,
+        attribute=task.attribute,
+        membership=task.target == "membership",
+    )
+
+
 def draw_victims(
     dataset: Dataset,
     batch: BatchSpec,
@@ -91,13 +134,16 @@ def draw_victims(
     trials: Sequence[int],
     key: bytes,
     split: str = "private",
+    attribute: AttributeSpec | None = None,
+    membership: bool = False,
 ) -> Victims:
     """Draw the private examples of some trials.
 
     A trial's examples depend on ``key``, the dataset's fingerprint, ``split``, ``batch``, ``clients``,
-    ``local_batches`` and the trial's number, and on nothing else: not on which other trials are drawn, and not on
-    model, attack or defense, so comparisons are paired. Within a trial every example is used once, across clients and
-    batches. Where a class has no unused example left, the example comes from all that are left.
+    ``local_batches``, the bit that is asked for and the trial's number, and on nothing else: not on which other trials
+    are drawn, and not on model, attack or defense, so comparisons are paired. Within a trial every example is used
+    once, across clients and batches. Where a class has no unused example left, the example comes from all that are
+    left.
 
     The samplers, over the classes that the split holds:
         ``iid``: examples uniformly. ``unique``: B different classes in each batch. ``unbalanced``: floor(B/2) examples
@@ -107,6 +153,11 @@ def draw_victims(
         examples spread over them as evenly as whole numbers allow. ``dirichlet``: labels from a client's proportions ~
         symmetric Dirichlet(alpha).
 
+    With an ``attribute`` a fair coin decides each trial's truth. Heads: ``attribute.of_batch(B)`` examples of every
+    batch of the first client have it and the rest do not. Tails: none does. Other clients' examples never do.
+    With ``membership`` the batches are drawn first; then a fair coin decides whether the candidate is one of the first
+    client's examples, uniformly, or an example of the split that no client has.
+
     Args:
         dataset: Where the examples come from.
         batch: Batch size (B) and sampler.
@@ -115,36 +166,61 @@ def draw_victims(
         trials: Trial numbers, length T.
         key: The season's key.
         split: Which split to draw from.
+        attribute: What is asked of the first client; `Task` sees to it that the sampler is ``iid`` then.
+        membership: Whether it is asked of whom a candidate is.
 
     Raises:
         Unavailable: The split holds fewer examples or classes than one trial needs.
+        UserError: The dataset does not have the attribute.
     """
     rows = dataset.rows(split)
     specs = [batch.of_client(k) for k in range(clients)]
-    total = sum(spec.size for spec in specs) * local_batches
+    total = sum(spec.size for spec in specs) * local_batches + membership
     if total > len(rows):
         raise Unavailable(
             f"batch larger than its split: expected at most {len(rows)} examples in {split!r} of "
             f"{dataset.spec.name}, got {clients} clients x {local_batches} batches x "
-            f"{'/'.join(map(str, batch.sizes or (batch.size,)))} = {total}; "
+            f"{'/'.join(map(str, batch.sizes or (batch.size,)))}{' + a candidate' * membership} = {total}; "
             "lower the batch size, local_steps or clients"
         )
-    labels = dataset.labels[rows]
-    members = [rows[labels == c] for c in range(dataset.num_classes)]
+    groups, kinds = (
+        (dataset.labels, dataset.num_classes) if attribute is None else (dataset.has(attribute).astype(np.int64), 2)
+    )
+    members = [rows[groups[rows] == group] for group in range(kinds)]
     present = np.flatnonzero([len(m) for m in members])
     for spec in set(specs):
         _check_classes(spec, len(present), f"{split!r} of {dataset.spec.name}")
-    names = (dataset.fingerprint, split, batch.content(), clients, local_batches)
+    names: tuple[object, ...] = (dataset.fingerprint, split, batch.content(), clients, local_batches)
+    if attribute is not None:
+        _check_attribute(attribute, members, specs, local_batches, f"{split!r} of {dataset.spec.name}")
+        names += (attribute.content(),)
+    if membership:
+        names += ("membership",)
     indices = np.full((len(trials), clients, local_batches * batch.size), PADDING)
+    truth, asked = np.zeros(len(trials), dtype=np.int64), np.zeros(len(trials), dtype=np.int64)
     for t, trial in enumerate(trials):
         uniforms = _Uniforms(keys.derive(key, "victim", *names, int(trial)))
         pool = _Pool(members)
+        if attribute is not None:
+            truth[t] = uniforms(1)[0] < 0.5
         for k, spec in enumerate(specs):
-            own = _draw_client(spec, pool, present, local_batches, uniforms, f"client {k + 1} of {clients}")
+            with_it = None if attribute is None else attribute.of_batch(spec.size) * int(truth[t] and k == 0)
+            who = f"client {k + 1} of {clients}"
+            own = _draw_client(spec, pool, present, local_batches, uniforms, who, with_it)
             indices[t, k, : len(own)] = own
+        if membership:
+            coin, u, v = uniforms(3)
+            truth[t] = coin < 0.5
+            asked[t] = indices[t, 0, int(u * specs[0].size * local_batches)] if truth[t] else pool.take(_ANY, u, v)
     inputs, drawn = dataset.images[indices], dataset.labels[indices]
     inputs[indices == PADDING], drawn[indices == PADDING] = 0, PADDING
-    return Victims(indices=indices, inputs=inputs, labels=drawn)
+    return Victims(
+        indices=indices,
+        inputs=inputs,
+        labels=drawn,
+        truth=truth if membership or attribute is not None else None,
+        candidates=Candidates(asked, dataset.images[asked], dataset.labels[asked]) if membership else None,
+    )
 
 
 def draw_label_counts(
@@ -202,10 +278,30 @@ def _check_classes(batch: BatchSpec, present: int, where: str) -> None:
         )
 
 
+def _check_attribute(
+    attribute: AttributeSpec, members: Sequence[Ints], specs: Sequence[BatchSpec], local_batches: int, where: str
+) -> None:
+    without, having = (len(rows) for rows in members)
+    needed = attribute.of_batch(specs[0].size) * local_batches
+    total = sum(spec.size for spec in specs) * local_batches
+    if having < needed or without < total:
+        raise Unavailable(
+            f"attribute {attribute.name} = {attribute.value}: expected at least {needed} examples with it and {total} "
+            f"without in {where}, got {having} and {without}; lower the batch size, local_steps or clients, or choose "
+            "another value"
+        )
+
+
 def _draw_client(
-    batch: BatchSpec, pool: _Pool, present: Ints, local_batches: int, uniforms: _Uniforms, who: str
+    batch: BatchSpec,
+    pool: _Pool,
+    present: Ints,
+    local_batches: int,
+    uniforms: _Uniforms,
+    who: str,
+    with_it: int | None,
 ) -> Ints:
-    """Return the examples of one client of a trial, (S * B,)."""
+    """Return the examples of one client of a trial, (S * B,); ``with_it`` of a batch are of group 1, others of 0."""
     taken = np.empty((local_batches, batch.size), dtype=np.int64)
     order = present[np.argsort(uniforms(len(present)), kind="stable")]
     cdf = None if batch.alpha is None else _proportions(batch.alpha, uniforms, 1, len(present))[0].cumsum()
@@ -228,6 +324,8 @@ def _draw_client(
             wanted[:] = order[0]
         elif batch.classes is not None:
             wanted = order[np.arange(batch.size) % batch.classes]
+        elif with_it is not None:
+            wanted = (np.arange(batch.size) < with_it).astype(np.int64)
         elif cdf is not None:
             drawn = np.searchsorted(cdf, uniforms(batch.size), side="right")
             wanted = present[np.minimum(drawn, len(present) - 1)]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leakbench.data import Dataset, Victims, draw_label_counts, draw_victims, load_dataset
+from leakbench.data import Dataset, Victims, draw_label_counts, draw_task, load_dataset
 from leakbench.errors import Unavailable
 from leakbench.federation.inputs import to_inputs, to_pixels
 from leakbench.keys import PUBLIC_KEY, Season, derive, seed
@@ -167,13 +167,17 @@ class Scenes:
     def victims(self, task: Task, trials: Sequence[int]) -> Victims:
         """Draw the private examples of ``trials``, or return them as another job has drawn them."""
         data, clients, batches = self.dataset(task), task.protocol.clients, task.protocol.local_batches
+        asked = (task.attribute, task.target == "membership")
 
         def draw() -> Victims:
-            return draw_victims(
-                data, task.batch, clients=clients, local_batches=batches, trials=trials, key=self._season.key
-            )
+            return draw_task(data, task, trials=trials, key=self._season.key)
 
-        return self._victims.get((data.fingerprint, task.batch, clients, batches, tuple(trials)), draw)
+        return self._victims.get((data.fingerprint, task.batch, clients, batches, asked, tuple(trials)), draw)
+
+    def auxiliary_victims(self, task: Task, trials: Sequence[int]) -> Victims:
+        """Draw trials of the auxiliary split by the task's own law: public, what an attacker may own."""
+        data = self.dataset(task)
+        return draw_task(data, task, trials=trials, key=PUBLIC_KEY, split="auxiliary")
 
     def order(self, task: Task, trials: Sequence[int]) -> Tensor | None:
         """Return (T, K, local_steps, B) example indices for ``batches: epochs``, reshuffled every pass; else None."""

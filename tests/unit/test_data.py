@@ -181,7 +181,9 @@ def test_catalogue_is_consistent():
     for name in DATASETS:
         spec = DATASETS.get(name)
         assert spec.name == name
-        assert all(len(values) == spec.classes for values in spec.label_maps.values())
+        source = len(spec.label_maps[spec.main_task]) if spec.main_task else spec.classes
+        assert all(len(values) == source for values in spec.label_maps.values())
+        assert not spec.main_task or set(spec.label_maps[spec.main_task]) == set(range(spec.classes))
         assert {len(spec.input.mean), len(spec.input.std)} == {spec.input.shape[0]}
 
 

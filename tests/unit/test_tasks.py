@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from leakbench.parts import Part, content_hash
-from leakbench.tasks import LANES, Architecture, BatchSpec, InputSpec, Protocol, Task, ThreatModel
+from leakbench.tasks import LANES, Architecture, AttributeSpec, BatchSpec, InputSpec, Protocol, Task, ThreatModel
 
 DELTA = Protocol(sends="delta", local_steps=4)
 MALICIOUS = ThreatModel(adversary="malicious_server", change_parameters=True)
@@ -108,13 +108,16 @@ def changed(key, value):
 
 
 def test_the_hash_changes_with_every_field():
-    assert {*CHANGES, "batch.alpha", "batch.classes", "batch.sizes"} == set(leaves(task()))
+    assert {*CHANGES, "batch.alpha", "batch.classes", "batch.sizes", "attribute"} == set(leaves(task()))
     changes = [changed(key, value) for key, values in CHANGES.items() for value in values]
     changes += [task(batch=BatchSpec(sampler="dirichlet", alpha=alpha)) for alpha in (0.1, 1)]
     changes += [task(batch=BatchSpec(size=8, sampler="balanced", classes=classes)) for classes in (1, 2)]
     two = Protocol(clients=2, secure_aggregation=True)
     changes += [task(batch=BatchSpec(sizes=sizes), protocol=two) for sizes in ((8, 2), (2, 8), (8, 8))]
     changes += [task(stage=stage) for stage in ("sgd(steps=1)", "sgd(steps=2)", "sgd(steps=1, lr=0.2)")]
+    specs = [{"name": "parity"}, {"name": "ge5"}, {"name": "parity", "value": 0}, {"name": "parity", "mix": 0.5}]
+    changes += [task(target="attribute", attribute=AttributeSpec(**spec)) for spec in specs]
+    changes += [task(target="membership")]
     assert len({each.hash for each in [task(), *changes]}) == 1 + len(changes)
 
 
