@@ -19,7 +19,7 @@ from leakbench.errors import INTERRUPTED, LeakbenchError, UserError, unknown
 if TYPE_CHECKING:
     from leakbench.runner.session import Report
 
-KINDS = ("attacks", "defenses", "datasets", "architectures", "suites", "metrics")
+KINDS = ("attacks", "defenses", "datasets", "architectures", "suites", "metrics", "measures")
 """What can be listed."""
 
 NEUTRAL = {"merges": 1, "exact": False}
@@ -129,6 +129,34 @@ def run(suite: str, shard: str | None, as_json: bool, **options: Any) -> int:
     from leakbench.runner.plan import parse_shard
 
     report = _run(suite, shard=parse_shard(shard or "1/1"), **options)
+    if report is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json(report.content())
+    else:
+        click.echo(report.text())
+    return 1 if report.failed else 0
+
+
+@cli.command()
+@click.argument("suite")
+@click.option(
+    "--measure", "measures", multiple=True, metavar="EXPR", help="Instead of the suite's measures; repeatable."
+)
+@click.option("--defense", "defenses", multiple=True, metavar="EXPR", help="Instead of its defenses; repeatable.")
+@click.option("--trials", type=int, help="Instead of the suite's number of trials.")
+@click.option("--shard", metavar="I/N", help="Do only the I-th of N parts of the jobs.")
+@_run_options
+def measure(suite: str, shard: str | None, as_json: bool, **options: Any) -> int:
+    """Measure how much leaks on the tasks of SUITE, from which layer, and write one row per layer and number.
+
+    Running the same command again resumes it. The rows go to the folder measures of the output directory, so that
+    `leakbench board OUT --measures` finds those of attacks beside them. EXPR is NAME or NAME(key=value); see
+    `leakbench list measures`.
+    """
+    from leakbench.runner.plan import parse_shard
+
+    report = _run(suite, shard=parse_shard(shard or "1/1"), measuring=True, **options)
     if report is None:
         return INTERRUPTED
     if as_json:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -45,8 +45,8 @@ class Call(NamedTuple):
 class Description(Part):
     """What an entry says of itself, made by importing it in a child process."""
 
-    kind: Kind
-    """``attack`` or ``defense``."""
+    kind: Kind | Literal["measure"]
+    """``attack``, ``defense`` or ``measure``."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
     """Registered name."""
     class_name: str

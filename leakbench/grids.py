@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from leakbench.entries import NO_DEFENSE, EntrySpec, chain_label, resolve_all
 from leakbench.errors import UserError
+from leakbench.measures.catalogue import DEFAULT, MEASURES, resolve_measure
 from leakbench.parts import Part
 from leakbench.stage import Stage
 from leakbench.tasks import Architecture, BatchSpec, Protocol, Task, ThreatModel
@@ -62,8 +63,10 @@ class Grid(Part):
     """Whether inputs are normalised."""
     target: _Axis[Literal["labels", "inputs"]] = ("labels",)
     """What is to be recovered."""
-    attacks: _Axis[str]
-    """Attack expressions."""
+    attacks: Annotated[tuple[str, ...], _axis()] = ()
+    """Attack expressions; may be empty where there are measures."""
+    measures: Annotated[tuple[str, ...], _axis()] = ()
+    """Measure expressions, for ``leakbench measure``."""
     defenses: _Axis[str] = (NO_DEFENSE,)
     """Defense expressions; ``none`` is the undefended client."""
     trials: Annotated[int, Field(ge=1)] | None = None
@@ -71,13 +74,21 @@ class Grid(Part):
     model_draws: ModelDraws | None = None
     """Instead of the suite's."""
 
+    younger: ClassVar[frozenset[str]] = frozenset({"measures"})
+
     @model_validator(mode="after")
     def _every_task_is_one(self) -> Grid:
+        if not (self.attacks or self.measures):
+            raise ValueError("expected attacks, measures or both, got neither")
         try:
             list(self.tasks())
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
+
+    def chosen(self, attacks: Sequence[str] | None) -> Sequence[str]:
+        """Return the attacks of this grid, or those given instead; none where the grid is for measures only."""
+        return attacks or self.attacks if self.attacks else ()
 
     def tasks(self) -> Iterator[Task]:
         """Yield the tasks of the grid."""
@@ -93,7 +104,7 @@ class Cell:
     Args:
         suite: Name of the suite; empty where there is none.
         task: The task.
-        attack: The attack.
+        attack: The attack, or the measure that takes its place.
         defense: The chain of defenses; empty for none.
         trials: Number of trials.
         trials_per_job: Trials of one job.
@@ -164,10 +175,10 @@ class Suite(Part):
         if trials is not None and trials < 1:
             raise UserError(f"trials: expected at least 1, got {trials}; try --trials {self.trials}")
         known = resolve_all(
-            [("attack", text) for grid in self.grids for text in (attacks or grid.attacks)]
+            [("attack", text) for grid in self.grids for text in grid.chosen(attacks)]
             + [("defense", text) for grid in self.grids for text in (defenses or grid.defenses)]
         )
-        targets = {target for grid in self.grids for target in grid.target}
+        targets = {target for grid in self.grids if grid.attacks for target in grid.target}
         for text in attacks or ():
             recovers = known["attack", text][0].description.recovers
             if not targets & set(recovers):
@@ -177,23 +188,64 @@ class Suite(Part):
                 )
         cells: dict[str, Cell] = {}
         for grid in self.grids:
-            for task, text, chain in product(grid.tasks(), attacks or grid.attacks, defenses or grid.defenses):
+            for task, text, chain in product(grid.tasks(), grid.chosen(attacks), defenses or grid.defenses):
                 attack = known["attack", text][0]
-                if task.target not in attack.description.recovers:
-                    continue
-                cell = Cell(
-                    suite=self.name,
-                    task=task,
-                    attack=attack,
-                    defense=known["defense", chain],
-                    trials=trials or grid.trials or self.trials,
-                    trials_per_job=self.trials_per_job,
-                    model_draws=grid.model_draws or self.model_draws,
-                    threads=self.threads_per_job,
-                    budget=self.budget,
-                )
-                entries = [entry.id_content() for entry in (cell.attack, *cell.defense)]
-                same = f"{task.hash} {entries} {cell.model_draws}"
-                if same not in cells or cells[same].trials < cell.trials:
-                    cells[same] = cell
+                if task.target in attack.description.recovers:
+                    self._add(cells, grid, task, attack, known["defense", chain], trials)
         return list(cells.values())
+
+    def expand_measures(
+        self,
+        *,
+        measures: Sequence[str] | None = None,
+        defenses: Sequence[str] | None = None,
+        trials: int | None = None,
+    ) -> list[Cell]:
+        """Return every cell of `leakbench measure` once; a measure stands where other cells have an attack.
+
+        Args:
+            measures: Expressions that replace the measures of every grid. Without them and in a suite that names none:
+                the default ones, on every grid.
+            defenses: Expressions that replace the defenses of every grid.
+            trials: Replaces the number of trials of every cell.
+
+        Raises:
+            UserError: An expression is wrong.
+        """
+        if trials is not None and trials < 1:
+            raise UserError(f"trials: expected at least 1, got {trials}; try --trials {self.trials}")
+        given = measures or (() if any(grid.measures for grid in self.grids) else DEFAULT)
+        known = resolve_all([("defense", text) for grid in self.grids for text in (defenses or grid.defenses)])
+        cells: dict[str, Cell] = {}
+        for grid in self.grids:
+            for task, text, chain in product(grid.tasks(), given or grid.measures, defenses or grid.defenses):
+                self._add(cells, grid, task, resolve_measure(text), known["defense", chain], trials)
+        return list(cells.values())
+
+    def _add(
+        self,
+        cells: dict[str, Cell],
+        grid: Grid,
+        task: Task,
+        attack: EntrySpec,
+        defense: tuple[EntrySpec, ...],
+        trials: int | None,
+    ) -> None:
+        """Add a cell, unless it is there with as many trials."""
+        count = trials or grid.trials or self.trials
+        fitted = attack.description.kind == "measure" and MEASURES.get(attack.name).fitted
+        cell = Cell(
+            suite=self.name,
+            task=task,
+            attack=attack,
+            defense=defense,
+            trials=count,
+            trials_per_job=count if fitted else self.trials_per_job,
+            model_draws=grid.model_draws or self.model_draws,
+            threads=self.threads_per_job,
+            budget=self.budget,
+        )
+        entries = [entry.id_content() for entry in (attack, *defense)]
+        same = f"{task.hash} {entries} {cell.model_draws}"
+        if same not in cells or cells[same].trials < count:
+            cells[same] = cell

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from leakbench.entries import chain_label, try_describe
 from leakbench.errors import UserError, unknown
 from leakbench.sources import Kind, find_source, sources
 
-Listed = Literal["attacks", "defenses", "datasets", "architectures", "suites", "metrics"]
+if TYPE_CHECKING:
+    from leakbench.measures.catalogue import MeasureSpec
+
+Listed = Literal["attacks", "defenses", "datasets", "architectures", "suites", "metrics", "measures"]
 Item = dict[str, Any]
 
 
@@ -37,6 +40,10 @@ def list_items(kind: Listed) -> list[Item]:
 
             metrics = [dataclasses.asdict(spec) for spec in METRICS.values()]
             return [{"name": spec["name"], "summary": spec.pop("description"), **spec} for spec in metrics]
+        case "measures":
+            from leakbench.measures.catalogue import MEASURES
+
+            return [_measure(MEASURES.get(name)) for name in MEASURES]
 
 
 def show_items(name: str) -> list[tuple[str, Item]]:
@@ -133,6 +140,13 @@ def _entry_file(ref: str) -> tuple[str, Item]:
             return kind, answer.content()
         answers.append(answer)
     raise answers[0]
+
+
+def _measure(spec: MeasureSpec) -> Item:
+    """Return a measure with the kind and unit of every quantity in its summary."""
+    told = ", ".join(f"{q.name} ({q.kind}, {q.unit})" for q in spec.quantities)
+    content: Item = dataclasses.asdict(spec)
+    return {**content, "needs": sorted(spec.needs), "summary": f"{spec.summary}: {told}"}
 
 
 def _dataset(spec: Any) -> Item:

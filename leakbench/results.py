@@ -49,6 +49,7 @@ __all__ = [
     "completed_jobs",
     "is_complete",
     "job_path",
+    "load_measures",
     "load_rows",
     "prepare_out",
     "read_job_status",
@@ -88,14 +89,17 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_job(out: Path, job_id: str, season: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_job(
+    out: Path, job_id: str, season: str, rows: Sequence[Mapping[str, Any]], fields: Sequence[Field] = ROW_FIELDS
+) -> Path:
     """Write the rows of a job: all of them or, on a crash at any moment, none.
 
     Args:
         out: Output directory; created if need be.
         job_id: Identity of the job; the rows carry the same.
         season: Season of the rows.
-        rows: One mapping per trial with every column of `ROW_FIELDS`; see `blank_row`.
+        rows: One mapping per trial with every column; see `blank_row`.
+        fields: The columns.
 
     Raises:
         ValueError: A row has an unknown, missing or wrongly typed column.
@@ -103,7 +107,7 @@ def write_job(out: Path, job_id: str, season: str, rows: Sequence[Mapping[str, A
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", job_id) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", season):
         raise ValueError(f"job id and season must be plain file names, got {job_id!r} and {season!r}")
-    check_rows(rows)
+    check_rows(rows, fields)
     if {(row["job_id"], row["season"]) for row in rows} != {(job_id, season)}:
         raise ValueError(f"rows of another job or season than {job_id}, {season}")
     summary = {
@@ -116,7 +120,7 @@ def write_job(out: Path, job_id: str, season: str, rows: Sequence[Mapping[str, A
         "leakbench.statuses": json.dumps(Counter(row["status"] for row in rows)),
     }
     try:
-        table = pa.Table.from_pylist(list(rows), schema=arrow_schema().with_metadata(summary))
+        table = pa.Table.from_pylist(list(rows), schema=arrow_schema(fields).with_metadata(summary))
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"row does not fit the schema: {error}") from None
     path = job_path(out, job_id, season)
@@ -226,13 +230,20 @@ def completed_jobs(out: Path, season: str) -> dict[str, JobFile]:
     return {job.job_id: job for job in _job_files(out) if job.season == season}
 
 
-_SAME_TRIAL = [
+MEASURES_FOLDER = "measures"
+"""Folder of an output directory that holds the rows of measures, in the same layout."""
+
+_SAME_MODEL = (
     *("season", "season_commitment", "benchmark_version"),
     *("task_hash", "dataset_fingerprint", "checkpoint_sha256", "model_draws", "draw"),
-    *("attack", "attack_version", "attack_params", "attack_source_sha256"),
     *("defense", "defense_version", "defense_params", "defense_source_sha256"),
+)
+_SAME_TRIAL = (
+    *_SAME_MODEL,
+    *("attack", "attack_version", "attack_params", "attack_source_sha256"),
     *("budget_model_evaluations", "budget_wall_seconds", "trial"),
-]
+)
+_SAME_VALUE = (*_SAME_MODEL, "measure", "measure_version", "measure_params", "quantity", "layer", "trial")
 
 
 def load_rows(out: Path | Iterable[Path]) -> pd.DataFrame:
@@ -243,17 +254,51 @@ def load_rows(out: Path | Iterable[Path]) -> pd.DataFrame:
     Raises:
         UserError: A directory is missing, holds rows of another schema version, or no rows at all.
     """
+    return _latest(read_files([out] if isinstance(out, Path) else list(out), "run"), _SAME_TRIAL)
+
+
+def load_measures(out: Path | Iterable[Path]) -> pd.DataFrame:
+    """Return the rows of measures under one or several output directories, one per layer, quantity and trial.
+
+    Raises:
+        UserError: A directory is missing, holds rows of another schema version, or no such rows at all.
+    """
     directories = [out] if isinstance(out, Path) else list(out)
+    for directory in directories:
+        if not directory.is_dir():
+            raise UserError(f"no directory {directory}: expected results; make some with: leakbench measure quick")
+    found = [directory / MEASURES_FOLDER for directory in directories if (directory / MEASURES_FOLDER).is_dir()]
+    if not found:
+        listed = " ".join(map(str, directories))
+        raise UserError(f"no rows of measures under {listed}; make some with: leakbench measure quick --out {listed}")
+    return _latest(read_files(found, "measure"), _SAME_VALUE)
+
+
+def read_files(directories: Sequence[Path], command: str) -> pd.DataFrame:
+    """Return all rows under several directories as they are.
+
+    Args:
+        directories: Where to look.
+        command: What makes such rows, for the error.
+
+    Raises:
+        UserError: A directory is missing, holds rows of another schema version, or no rows at all.
+    """
     tables = []
     for directory in directories:
         if not directory.is_dir():
-            raise UserError(f"no directory {directory}: expected results; make some with: leakbench run quick")
+            raise UserError(f"no directory {directory}: expected results; make some with: leakbench {command} quick")
         tables += [pq.read_table(job.path) for job in _job_files(directory)]
     if not tables:
         listed = ", ".join(map(str, directories))
-        raise UserError(f"no result rows under {listed}; make some with: leakbench run quick --out {listed}")
+        raise UserError(f"no result rows under {listed}; make some with: leakbench {command} quick --out {listed}")
     rows: pd.DataFrame = pa.concat_tables([table.replace_schema_metadata() for table in tables]).to_pandas()
+    return rows
+
+
+def _latest(rows: pd.DataFrame, same: Sequence[str]) -> pd.DataFrame:
+    """Keep, of the rows that agree in ``same``, that of the widest and then latest block."""
     width = rows["block_stop"] - rows["block_start"]
     order = rows.assign(_width=width).sort_values(["_width", "utc"], kind="stable").index
-    kept = rows.loc[order].drop_duplicates(_SAME_TRIAL, keep="last")
+    kept = rows.loc[order].drop_duplicates(list(same), keep="last")
     return kept.sort_index().reset_index(drop=True)

@@ -223,7 +223,6 @@ ROW_FIELDS: tuple[Field, ...] = (
 )
 """Every column of a result row, in order."""
 
-_BY_NAME = {field.name: field for field in ROW_FIELDS}
 _THREAT_COLUMNS = {
     "adversary": "adversary",
     "bn_statistics": "bn_statistics",
@@ -234,24 +233,24 @@ _THREAT_COLUMNS = {
 }
 
 
-def arrow_schema() -> pa.Schema:
-    """Return the Arrow schema of a result file, without metadata."""
-    return pa.schema([pa.field(f.name, f.type, nullable=f.nullable) for f in ROW_FIELDS])
+def arrow_schema(fields: Sequence[Field] = ROW_FIELDS) -> pa.Schema:
+    """Return the Arrow schema of a file of such rows, without metadata."""
+    return pa.schema([pa.field(f.name, f.type, nullable=f.nullable) for f in fields])
 
 
-def schema_markdown() -> str:
+def schema_markdown(fields: Sequence[Field] = ROW_FIELDS) -> str:
     """Return the documented schema as a Markdown table."""
     lines = ["| column | type | null | meaning |", "|---|---|---|---|"]
-    for f in ROW_FIELDS:
+    for f in fields:
         meaning = f.doc.replace("|", r"\|")
         lines.append(f"| `{f.name}` | {f.type} | {'yes' if f.nullable else 'no'} | {meaning} |")
     return "\n".join(lines)
 
 
-def blank_row() -> dict[str, Any]:
+def blank_row(fields: Sequence[Field] = ROW_FIELDS) -> dict[str, Any]:
     """Return the versions and a null for every nullable column: where a row starts."""
     versions = {"schema_version": SCHEMA_VERSION, "benchmark_version": BENCHMARK_VERSION}
-    return versions | {field.name: None for field in ROW_FIELDS if field.nullable}
+    return versions | {field.name: None for field in fields if field.nullable}
 
 
 def task_columns(task: Task) -> dict[str, Any]:
@@ -280,7 +279,7 @@ def task_columns(task: Task) -> dict[str, Any]:
     }
 
 
-def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+def check_rows(rows: Sequence[Mapping[str, Any]], fields: Sequence[Field] = ROW_FIELDS) -> None:
     """Check that rows have exactly the columns of the schema, and nulls only where they may be.
 
     Raises:
@@ -288,12 +287,13 @@ def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """
     if not rows:
         raise ValueError("a job has at least one row")
+    names = [f.name for f in fields]
     for row in rows:
-        if unknown := sorted(row.keys() - _BY_NAME.keys()):
+        if unknown := sorted(row.keys() - set(names)):
             raise ValueError(f"row has columns that the schema lacks: {unknown}")
-        if missing := [name for name in _BY_NAME if name not in row]:
+        if missing := [name for name in names if name not in row]:
             raise ValueError(f"row lacks columns: {missing}")
-        if null := [f.name for f in ROW_FIELDS if row[f.name] is None and not f.nullable]:
+        if null := [f.name for f in fields if row[f.name] is None and not f.nullable]:
             raise ValueError(f"columns must not be null: {null}")
         if row["status"] not in STATUSES:
             raise ValueError(f"status: expected one of {STATUSES}, got {row['status']!r}")

@@ -19,6 +19,7 @@ from leakbench.entries import resolve_all
 from leakbench.errors import UserError, did_you_mean, unknown
 from leakbench.grids import Budget, Cell, Grid, Suite
 from leakbench.lock import tasks_folder
+from leakbench.measures.catalogue import resolve_measure
 from leakbench.models.catalogue import architecture_spec
 from leakbench.parts import Part
 from leakbench.sources import Kind
@@ -201,6 +202,7 @@ def _check_names(suite: Suite, path: Path) -> None:
         "architecture": lambda grid: [architecture_spec(part.name) for part in grid.architecture],
         "batch": _check_classes,
         "attacks": _check_attacks,
+        "measures": lambda grid: [resolve_measure(text) for text in grid.measures],
         "defenses": lambda grid: resolve_all([("defense", text) for text in grid.defenses]),
     }
     texts: list[tuple[Kind, str]] = [("attack", text) for grid in suite.grids for text in grid.attacks]

@@ -26,7 +26,7 @@ from leakbench.federation.planting import Planted
 from leakbench.federation.statistics import batch_statistics, is_running_statistic
 from leakbench.knowledge import Facts, Knowledge
 from leakbench.models.functional import Model, build_model
-from leakbench.models.imprint import insert
+from leakbench.models.imprint import with_inserted
 from leakbench.models.recipe import train
 from leakbench.observation import Cohort, Observation, Seen
 from leakbench.randomness import TrialRandom
@@ -74,6 +74,10 @@ def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local
                 elif message.kind == "client":
                     client = ClientRole(message, local or {})
                     roles = {"round": client.round}
+                elif message.kind == "gauge":
+                    from leakbench.runner.gauge import MeasureRole  # builds on ClientRole
+
+                    roles = {"measure": MeasureRole(message, local or {}, sock).measure}
                 elif message.kind == "attack":
                     attack = AttackRole(message, local or {}, sock)
                     roles = {"prepare": attack.prepare, "plant": attack.plant, "run": attack.run}
@@ -333,8 +337,7 @@ def _model(message: Message, chain: DefenseChain, input_shape: tuple[int, ...]) 
     inserted = message.body["insert"]
 
     def transform(module: nn.Module) -> nn.Module:
-        module = chain.model(module)
-        return module if inserted is None else insert(module, inserted["name"], input_shape, inserted["params"])
+        return with_inserted(chain.model(module), inserted, input_shape)
 
     state = message.tensors("model")
     return build_model(architecture, input_shape, message.body["num_classes"], state=state, transform=transform)

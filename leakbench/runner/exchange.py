@@ -9,10 +9,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leakbench.attack import RecoveryShape
 from leakbench.data import Victims
 from leakbench.errors import InvalidOutput, NotApplicable
+from leakbench.federation.planting import check_planted
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.provenance import code_sha256
 from leakbench.runner.artefacts import Artefact
@@ -109,28 +111,11 @@ class Exchange:
         )
         self.outcome.update_bytes = 8 * numbers * len(job.trials) + SLACK_BYTES
         child = self.stack.enter_context(self.shop.spawn(job, self.outcome.update_bytes))
-        blobs = {
-            "model": self.weights.blob,
-            "victims": Blob.pack(
-                {"images": torch.tensor(self.victims.inputs), "labels": torch.tensor(self.victims.labels)}
-            ),
-            "seeds": Blob.pack({"seeds": self.shop.scenes.seeds("defense", job.trials)}),
-        }
-        if self.order is not None:
-            blobs["order"] = Blob.pack({"order": self.order})
-        body = {
-            "protocol": task.protocol.model_dump_json(),
-            "batch_sizes": [size // task.protocol.local_batches for size in task.client_sizes],
-            "input_spec": self.data.input_spec.model_dump_json(),
-            "normalise": task.normalise,
-            "num_classes": self.data.num_classes,
-            "architecture": task.architecture.model_dump_json(),
-            "insert": self.shop.insertion(job),
-            "defense": [self.shop.request(part) for part in job.defense],
+        body, blobs = client_request(self.shop, job, self.weights, self.victims, self.order)
+        body |= {
             "names": self.names,
             "bn_statistics": task.threat_model.bn_statistics,
             "shows": self.shows,
-            "device": self.shop.device,
         }
         with blaming("client"):
             child.post("client", body, blobs)
@@ -266,7 +251,6 @@ class Exchange:
 
     def _plant(self, attack: Child, updates: list[Blob]) -> Blob:
         """Get the parameters that a malicious server replaces, and check that it may."""
-        parameters, threat = self.weights.parameters, self.task.threat_model
         history = {f"update{i}": blob for i, blob in enumerate(updates)}
         begun = time.perf_counter()
         message = ask(
@@ -280,15 +264,10 @@ class Exchange:
             who="attack.plant",
         )
         self.plant_seconds += time.perf_counter() - begun
-        leading = {1, self._several} if threat.per_client else {1}
+        leading = {1, self._several} if self.task.threat_model.per_client else {1}
         with blaming("attack.plant"):
             planted = message.tensors("planted")
-            for name, tensor in planted.items():
-                if name not in parameters or tensor.shape[1:] != parameters[name].shape[1:]:
-                    raise InvalidOutput(f"{name!r} with shape {tuple(tensor.shape)} is no model parameter")
-                finite = tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
-                if tensor.shape[0] not in leading or not finite:
-                    raise InvalidOutput(f"{name!r} must be finite with a leading dimension in {sorted(leading)}")
+            check_planted(planted, self.weights.parameters, leading)
         self.outcome.planted.append(planted)
         return message.blobs["planted"]
 
@@ -343,6 +322,35 @@ class Exchange:
         clients = self.task.protocol.clients
         numbers = clients * self.data.num_classes + self.task.total_inputs * self.data.images[0].size + 256
         return 8 * len(self.job.trials) * int(numbers) + SLACK_BYTES
+
+
+def client_request(
+    shop: Workshop, job: Job, weights: Weights, victims: Victims, order: Tensor | None
+) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """Return what a child needs to be the clients of a job: see `leakbench.runner.child.ClientRole`."""
+    task, data = job.task, shop.scenes.dataset(job.task)
+    blobs = {
+        "model": weights.blob,
+        "victims": Blob.pack({"images": torch.tensor(victims.inputs), "labels": torch.tensor(victims.labels)}),
+        "seeds": Blob.pack({"seeds": shop.scenes.seeds("defense", job.trials)}),
+    }
+    if order is not None:
+        blobs["order"] = Blob.pack({"order": order})
+    body = {
+        "protocol": task.protocol.model_dump_json(),
+        "batch_sizes": [size // task.protocol.local_batches for size in task.client_sizes],
+        "input_spec": data.input_spec.model_dump_json(),
+        "normalise": task.normalise,
+        "num_classes": data.num_classes,
+        "architecture": task.architecture.model_dump_json(),
+        "insert": shop.insertion(job),
+        "defense": [shop.request(part) for part in job.defense],
+        "names": None,
+        "bn_statistics": "none",
+        "shows": False,
+        "device": shop.device,
+    }
+    return body, blobs
 
 
 def _shares(given: object, trials: int) -> list[float]:

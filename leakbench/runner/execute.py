@@ -193,7 +193,7 @@ class Runner:
             outcome.stealth = self._shop.stealth(job, weights, victims, outcome.planted)
         if self._shop.closed:
             raise LeakbenchError(f"{job.label}: the runner was closed before the job was done")
-        rows = job_rows(job, outcome, self._shop.scenes, victims, weights, self._columns(outcome))
+        rows = job_rows(job, outcome, self._shop.scenes, victims, weights, self._columns(outcome.isolation))
         if job.task.target == "inputs":
             self._show(job, pictures(job, outcome.recovery, victims, self._shop.scenes, rows))
         path = write_job(self._out, job.id, self._season.name, rows)
@@ -207,8 +207,8 @@ class Runner:
         except OSError as error:  # the rows are what a run is for
             _log.warning("%s: no pictures: %s: %s", job.label, error.strerror, error.filename)
 
-    def _columns(self, outcome: Outcome) -> dict[str, Any]:
-        detail = ", ".join(f"{name}={value}" for name, value in sorted(outcome.isolation.items()))
+    def _columns(self, isolation: Mapping[str, Any]) -> dict[str, Any]:
+        detail = ", ".join(f"{name}={value}" for name, value in sorted(isolation.items()))
         return {**self._provenance, "isolation": self.level, "isolation_detail": detail or None}
 
     def _report(self, job: Job, progress: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ class Job:
     Args:
         suite: Name of the suite; a column of the rows, no part of the identity.
         task: The task.
-        attack: The attack.
+        attack: The attack; of ``leakbench measure`` the measure, which takes its place.
         defense: The chain of defenses; empty for none.
         start: First trial.
         stop: One past the last trial.

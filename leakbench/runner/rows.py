@@ -77,8 +77,8 @@ def job_rows(
     fixed = {
         **blank_row(),
         **task_columns(job.task),
-        **_entry("attack", (job.attack,)),
-        **_entry("defense", job.defense),
+        **entry_columns("attack", (job.attack,)),
+        **entry_columns("defense", job.defense),
         **provenance,
         "season": job.season.name,
         "season_commitment": job.season.commitment,
@@ -148,8 +148,8 @@ def job_rows(
     return [{**fixed, **{name: values[t] for name, values in columns.items()}} for t in range(count)]
 
 
-def _entry(kind: str, chain: Sequence[EntrySpec]) -> dict[str, Any]:
-    """Columns of an attack or of a chain of defenses; a chain's parts are joined by ``+``."""
+def entry_columns(kind: str, chain: Sequence[EntrySpec]) -> dict[str, Any]:
+    """Return the columns of an attack, a measure or a chain of defenses; a chain's parts are joined by ``+``."""
     hashes = [part.description.source_sha256 for part in chain]
     params = [dict(part.params) for part in chain]
     shown: Any = params[0] if len(params) == 1 else params or {}

@@ -17,7 +17,7 @@ from leakbench.errors import INTERRUPTED, Unavailable, UserError
 from leakbench.grids import Cell
 from leakbench.keys import DEVELOPMENT, Season
 from leakbench.provenance import code_sha256
-from leakbench.results import completed_jobs, prepare_out
+from leakbench.results import MEASURES_FOLDER, completed_jobs, prepare_out
 from leakbench.runner.plan import Job, plan, shard
 from leakbench.runner.pool import OtherCode, Summary, has_failed, resume, run_jobs
 from leakbench.runner.progress import make_display, shown_log
@@ -46,6 +46,8 @@ class Request:
         retry_failed: Whether to run failed jobs again.
         only_available: Whether to leave out the jobs whose data is not at hand.
         keep_cell: Which cells of the suite to run; all where None.
+        measuring: Whether to compute measures instead of running attacks.
+        measures: Expressions instead of the suite's measures; empty for those.
         command: What to type to resume.
     """
 
@@ -63,6 +65,8 @@ class Request:
     retry_failed: bool = False
     only_available: bool = False
     keep_cell: Callable[[Cell], bool] | None = None
+    measuring: bool = False
+    measures: tuple[str, ...] = ()
     command: str = ""
 
 
@@ -72,6 +76,7 @@ class Report:
 
     Args:
         out: Directory of the rows.
+        board: What to type to read them.
         planned: Jobs of the plan or shard.
         run: Jobs run now.
         skipped: Jobs whose rows were there.
@@ -81,6 +86,7 @@ class Report:
     """
 
     out: str
+    board: str
     planned: int
     run: int
     skipped: int
@@ -103,7 +109,7 @@ class Report:
         if self.trials.get("unavailable"):
             lines.append("unavailable: where what they lack can be had, get it and run them again with --retry-failed")
         lines += [f"{count} jobs left out: {reason}" for reason, count in self.left_out.items()]
-        return "\n".join([*lines, f"rows: {self.out}", f"next: leakbench board {self.out}"])
+        return "\n".join([*lines, f"rows: {self.out}", f"next: {self.board}"])
 
 
 def run_suite(request: Request) -> Report:
@@ -117,21 +123,28 @@ def run_suite(request: Request) -> Report:
         raise UserError(f"--device {request.device}: expected cpu, cuda or cuda:N, e.g. --device cuda:0")
     season = DEVELOPMENT if request.season_key is None else _season(request.season_key)
     suite = load_suite(request.suite)
-    cells = suite.expand(attacks=request.attacks, defenses=request.defenses, trials=request.trials)
+    if request.measuring:
+        cells = suite.expand_measures(measures=request.measures, defenses=request.defenses, trials=request.trials)
+    else:
+        cells = suite.expand(attacks=request.attacks, defenses=request.defenses, trials=request.trials)
+        if not cells:
+            raise UserError(f"suite {suite.name!r} has measures only; type: leakbench measure {request.suite}")
     cells = [cell for cell in cells if request.keep_cell is None or request.keep_cell(cell)]
     jobs = plan(cells, season)
     left_out: Counter[str] = Counter()
     if request.only_available:
         jobs, left_out = _at_hand(jobs)
     out = request.out or Path("runs") / suite.name
-    prepare_out(out)
+    store = out / MEASURES_FOLDER if request.measuring else out
+    prepare_out(store)
     mine = shard(jobs, *request.shard)
-    state = resume(mine, out, code_sha256(), other_code=request.other_code, retry_failed=request.retry_failed)
-    _write_plan(out, jobs, season, request.command)
+    state = resume(mine, store, code_sha256(), other_code=request.other_code, retry_failed=request.retry_failed)
+    _write_plan(store, jobs, season, request.command)
     whole = request.shard == (1, 1) and not state.skipped
     summary = _run(state.todo, out, request, season, whole=whole) if state.todo else Summary(0, [], {})
     return Report(
-        out=str(out),
+        out=str(store),
+        board=f"leakbench board {out}" + (" --measures" if request.measuring else ""),
         planned=len(mine),
         run=summary.done,
         skipped=len(state.skipped),
@@ -143,16 +156,14 @@ def run_suite(request: Request) -> Report:
 
 def _at_hand(jobs: Sequence[Job]) -> tuple[list[Job], Counter[str]]:
     """Return the jobs whose victims can be drawn, and how many cannot for each reason."""
-    from leakbench.data import draw_victims, load_dataset
+    from leakbench.data import draw_task, load_dataset
 
     known: dict[str, str | None] = {}
     for job in jobs:
         task = job.task
         if task.hash not in known:
-            clients, batches = task.protocol.clients, task.protocol.local_batches
             try:
-                data = load_dataset(task.dataset)
-                draw_victims(data, task.batch, clients=clients, local_batches=batches, trials=[0], key=DEVELOPMENT.key)
+                draw_task(load_dataset(task.dataset), task, trials=[0], key=DEVELOPMENT.key)
             except Unavailable as error:
                 known[task.hash] = str(error)
             else:
@@ -182,10 +193,15 @@ def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season, *, wh
     """
     from leakbench.runner.execute import Runner  # imports torch
 
+    kind = Runner
+    if request.measuring:
+        from leakbench.runner.measure import MeasureRunner
+
+        kind = MeasureRunner
     workers = request.workers or (min(_cores(), 8) if request.device == "cpu" else 1)
     entries = {entry.source for job in jobs for entry in (job.attack, *job.defense) if entry.source is not None}
     display = make_display(sys.stderr, len(jobs))
-    runner = Runner(
+    runner = kind(
         out,
         isolation=request.isolation,
         device=request.device,
