@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from leakbench.errors import InvalidOutput
 from leakbench.models.functional import Model
 
 
@@ -77,6 +78,25 @@ class Planted:
 
 def _bytes(name: str, value: Tensor) -> bytes:
     return f"{name} {tuple(value.shape)} ".encode() + value.cpu().contiguous().numpy().tobytes()
+
+
+def check_planted(planted: Mapping[str, Tensor], parameters: Mapping[str, Tensor], leading: Collection[int]) -> None:
+    """Check what an attack planted.
+
+    Args:
+        planted: Replaced parameters by name.
+        parameters: The honest model's, (M, *shape) by name.
+        leading: The leading dimensions that a replaced one may have.
+
+    Raises:
+        InvalidOutput: A name or shape is not the model's, a tensor is not finite, or not for as many as allowed.
+    """
+    for name, tensor in planted.items():
+        if name not in parameters or not tensor.dim() or tensor.shape[1:] != parameters[name].shape[1:]:
+            raise InvalidOutput(f"{name!r} with shape {tuple(tensor.shape)} is no model parameter")
+        finite = tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
+        if tensor.shape[0] not in leading or not finite:
+            raise InvalidOutput(f"{name!r} must be finite with a leading dimension in {sorted(leading)}")
 
 
 def changed(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], clients: int) -> dict[str, float]:

@@ -130,6 +130,23 @@ def insert(module: nn.Module, name: str, input_shape: tuple[int, ...], params: M
     return module
 
 
+def insertion(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``name`` and, as ``params``, those of the known parameters that a module of `IMPRINTS` takes."""
+    takes = [each for each in inspect.signature(IMPRINTS[name]).parameters if each in known]
+    return {"name": name, "params": {each: known[each] for each in takes}}
+
+
+def with_inserted(module: nn.Module, inserted: Mapping[str, Any] | None, input_shape: tuple[int, ...]) -> nn.Module:
+    """Return the net with the module of an `insertion` in front; as it is for None."""
+    return module if inserted is None else insert(module, inserted["name"], input_shape, inserted["params"])
+
+
+def inserted_parameters(inserted: Mapping[str, Any], input_shape: tuple[int, ...], draws: int) -> dict[str, Tensor]:
+    """Return the tensors, all zeros, that an `insertion` adds to a net, (draws, *shape) each by name."""
+    module = with_inserted(nn.Identity(), inserted, input_shape)
+    return {name: value.detach().expand(draws, *value.shape) for name, value in module.named_parameters()}
+
+
 def _through(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # Looked up at the call: functional_call swaps the tensors of the submodule, and a copy of the net has its own.
     return module.get_submodule("imprint")(args[0]), *args[1:]

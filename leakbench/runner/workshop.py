@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 import time
@@ -20,7 +19,7 @@ from leakbench.entries import EntrySpec
 from leakbench.errors import InvalidOutput
 from leakbench.keys import Season
 from leakbench.models.functional import build_model, flat_state
-from leakbench.models.imprint import IMPRINTS, insert
+from leakbench.models.imprint import inserted_parameters, insertion, with_inserted
 from leakbench.parts import content_hash
 from leakbench.provenance import code_sha256
 from leakbench.runner.artefacts import Artefact, Artefacts
@@ -118,9 +117,7 @@ class Workshop:
         name = job.attack.description.inserts
         if name is None or not job.task.threat_model.change_architecture:
             return None
-        known = {**job.attack.params, "clients": job.task.protocol.clients}
-        takes = [each for each in inspect.signature(IMPRINTS[name]).parameters if each in known]
-        return {"name": name, "params": {each: known[each] for each in takes}}
+        return insertion(name, {**job.attack.params, "clients": job.task.protocol.clients})
 
     def weights(self, job: Job) -> Weights:
         """Return the model of a block as the server holds it, with the module that the attack has inserted."""
@@ -128,17 +125,16 @@ class Workshop:
 
     def inserted(self, job: Job, weights: Weights) -> Weights:
         """Return ``weights`` with the tensors, not yet planted, of the module that the attack has inserted."""
-        insertion = self.insertion(job)
-        if insertion is None:
+        inserted = self.insertion(job)
+        if inserted is None:
             return weights
         shape, draws = self.scenes.dataset(job.task).input_spec.shape, len(weights.draws)
 
         def extend() -> Weights:
-            module = insert(nn.Identity(), insertion["name"], shape, insertion["params"])
-            own = {name: value.detach().expand(draws, *value.shape) for name, value in module.named_parameters()}
-            return replace(weights, parameters={**weights.parameters, **own}, inserted=insertion["name"])
+            own = inserted_parameters(inserted, shape, draws)
+            return replace(weights, parameters={**weights.parameters, **own}, inserted=inserted["name"])
 
-        return self._inserted.get((weights.digest, content_hash(insertion), shape), extend)
+        return self._inserted.get((weights.digest, content_hash(inserted), shape), extend)
 
     def stealth(
         self, job: Job, weights: Weights, victims: Victims, planted: Sequence[Mapping[str, Tensor]]
@@ -152,14 +148,14 @@ class Workshop:
         columns = changes(weights.parameters, planted, task.protocol.clients)
         if any("model" in part.description.acts_on for part in job.defense):
             return columns
-        data, insertion = self.scenes.dataset(task), self.insertion(job)
+        data, inserted = self.scenes.dataset(task), self.insertion(job)
 
         def transform(module: nn.Module) -> nn.Module:
-            return module if insertion is None else insert(module, insertion["name"], shape, insertion["params"])
+            return with_inserted(module, inserted, shape)
 
         def keep(client: int, look: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
             return self._honest.get(
-                (task.hash, tuple(job.trials), weights.digest, content_hash(insertion), client), look
+                (task.hash, tuple(job.trials), weights.digest, content_hash(inserted), client), look
             )
 
         shape, precision = data.input_spec.shape, getattr(torch, task.protocol.precision)

@@ -17,10 +17,10 @@ from leakbench.attack import FACTS, RecoveryShape
 from leakbench.defense import DefenseChain
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client
-from leakbench.federation.planting import Planted
+from leakbench.federation.planting import Planted, check_planted
 from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
-from leakbench.models.imprint import IMPRINTS, insert
+from leakbench.models.imprint import inserted_parameters, insertion, with_inserted
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.runner.grant import read_names
@@ -95,12 +95,10 @@ class Tiny:
             return self.model
         if "change_architecture" not in self.granted:
             raise NotApplicable("change_architecture is not granted")
-        takes = inspect.signature(IMPRINTS[attack.inserts]).parameters
-        params = {k: v for k, v in {**attack.params(), "clients": self.protocol.clients}.items() if k in takes}
-        module = insert(torch.nn.Identity(), attack.inserts, SPEC.shape, params)
-        own = {f"parameter/{n}": v.detach().double()[None] for n, v in module.named_parameters()}
-        state = self.model.tensors() | {n: v.expand(self.model.draws, *v.shape[1:]) for n, v in own.items()}
-        transform = partial(insert, name=attack.inserts, input_shape=SPEC.shape, params=params)
+        inserted = insertion(attack.inserts, {**attack.params(), "clients": self.protocol.clients})
+        own = inserted_parameters(inserted, SPEC.shape, self.model.draws)
+        state = self.model.tensors() | {f"parameter/{name}": value.double() for name, value in own.items()}
+        transform = partial(with_inserted, inserted=inserted, input_shape=SPEC.shape)
         return build_model(self.architecture, SPEC.shape, 10, state=state, transform=transform)
 
     def planted(self, attack, model, prepared, history, knowledge):
@@ -111,12 +109,9 @@ class Tiny:
             raise NotApplicable("change_parameters is not granted")
         tensors = attack.plant(model, Cohort(prepared, **knowledge), history)
         several = self.protocol.clients if self.protocol.clients > 1 else len(self.trials)
-        for name, value in tensors.items():
-            assert value.shape[1:] == model.parameters[name].shape[1:], name
-            assert torch.isfinite(value).all(), name
-            assert len(value) in (1, several), name
-            if len(value) > 1 and "per_client" not in self.granted:
-                raise NotApplicable("per_client is not granted")
+        check_planted(tensors, model.parameters, {1, several})
+        if "per_client" not in self.granted and any(len(value) > 1 for value in tensors.values()):
+            raise NotApplicable("per_client is not granted")
         return Planted(model, tensors, self.protocol.clients)
 
     @property

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from leakbench import Attack, Cohort, Defense, NotGranted, Recovery, UserError, evaluate
 from leakbench.data import draw_victims, load_dataset
+from leakbench.errors import InvalidOutput
 from leakbench.federation.aggregation import StreamedSum, aggregation_weights
 from leakbench.federation.gradients import per_trial_gradients
 from leakbench.federation.inputs import to_inputs
-from leakbench.federation.planting import Planted
+from leakbench.federation.planting import Planted, check_planted
 from leakbench.keys import DEVELOPMENT
 from leakbench.models.functional import build_model
 from leakbench.runner.scene import Scenes
@@ -325,6 +326,11 @@ def test_a_server_may_only_plant_what_the_threat_model_lets_it(plant, threat, me
     rows = outcome(planting(plant)(), of)
     assert set(rows.status) == {"invalid"}
     assert rows.error.str.contains(message).all(), rows.error[0]
+
+
+def test_a_planted_number_without_a_leading_dimension_is_refused():
+    with pytest.raises(InvalidOutput, match=r"'gain' with shape \(\) is no model parameter"):
+        check_planted({"gain": torch.tensor(1.0)}, {"gain": torch.ones(2)}, {1, 2})
 
 
 @pytest.mark.parametrize("weighting", ["equal", "examples"])
