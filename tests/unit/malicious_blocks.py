@@ -18,6 +18,15 @@ from leakbench.observation import Cohort, Seen
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
 
+SPOILS = {
+    "zeros": torch.zeros_like,
+    "constant": torch.ones_like,
+    "tiny": lambda v: v * 1e-300,
+    "huge": lambda v: v * 1e200,
+    "noise": lambda v: torch.randn(v.shape, generator=torch.Generator().manual_seed(3), dtype=v.dtype),
+}
+"""What may become of a tensor of an update, (T, *shape) float64."""
+
 
 @dataclass(frozen=True)
 class Cast:
@@ -122,6 +131,13 @@ def play(
         plants.append(planted)
     observation = Observation(Seen(updates, prepared=prepared, planted=plants), **known(trials, 3))
     return Cast(observation, model, inputs, labels, plants)
+
+
+def showing(cast, update):
+    """Return what an attack sees of a `Cast` of one round where another update was sent."""
+    seen = cast.observation
+    known = {name: getattr(seen, f"_{name}") for name in ("facts", "random", "model", "auxiliary")}
+    return Observation(Seen([update], prepared=seen.prepared), **known)
 
 
 def psnr(recovered, true):

@@ -128,16 +128,7 @@ class Nothing(Attack):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_cache_and_the_threads_of_before(tmp_path_factory):
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEAKBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def path(_one_cache_and_the_threads_of_before, tmp_path_factory):
+def path(one_cache, tmp_path_factory):
     path = tmp_path_factory.mktemp("entries") / "mine.py"
     path.write_text(ENTRIES)
     own = [("attack", "Project"), ("attack", "Plant"), ("defense", "Scale"), ("defense", "Shift")]

@@ -28,14 +28,7 @@ SERVER = ThreatModel(adversary="malicious_server", change_parameters=True, per_c
 TRIALS, K = 3, 4
 SIZES = (2, 5, 3)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache_and_the_threads_of_before(tmp_path_factory):
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEAKBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_cache")
 
 
 def task(*, clients=K, batch=None, threat=SERVER, target="labels", **protocol):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from leakbench_baselines.attacks.loki import Loki
-from malicious_blocks import play
+from malicious_blocks import SPOILS, play, showing
 from torch.nn import functional as F  # noqa: N812
 
-from leakbench import Observation, UserError
+from leakbench import UserError
 from leakbench.models.functional import build_model
 from leakbench.models.imprint import insert
-from leakbench.observation import Cohort, Seen
+from leakbench.observation import Cohort
 from leakbench.tasks import Architecture, InputSpec
 
 NET = Architecture(name="lenet_zhu", params={"activation": "relu"})
@@ -111,23 +111,11 @@ def test_channels_hold_pixels_however_inputs_are_normalised():
     assert not channels[:, 1:].any()
 
 
-SPOILS = {
-    "zeros": torch.zeros_like,
-    "constant": torch.ones_like,
-    "tiny": lambda v: v * 1e-300,
-    "huge": lambda v: v * 1e200,
-    "noise": lambda v: torch.randn(v.shape, generator=torch.Generator().manual_seed(3), dtype=v.dtype),
-}
-
-
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 def test_degenerate_updates_give_finite_inputs_within_bounds(spoil):
     attack = Loki(bins=8)
     cast = block(attack, (10, 4))
-    seen = cast.observation
-    known = {name: getattr(seen, f"_{name}") for name in ("facts", "random", "model", "auxiliary")}
-    update = {n: spoil(v) for n, v in seen.update.items()}
-    claims = attack.run(Observation(Seen([update], prepared=seen.prepared), **known)).inputs
+    claims = attack.run(showing(cast, {n: spoil(v) for n, v in cast.observation.update.items()})).inputs
     assert claims.shape == (3, 14, 1, 8, 8)
     assert claims.min() >= 0
     assert claims.max() <= 1

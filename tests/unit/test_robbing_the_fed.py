@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from leakbench_baselines.attacks.robbing_the_fed import RobbingTheFed, bin_edges
-from malicious_blocks import play
+from malicious_blocks import SPOILS, play, showing
 
-from leakbench import Observation, UserError
+from leakbench import UserError
 from leakbench.models.functional import build_model
 from leakbench.models.imprint import insert
-from leakbench.observation import Seen
 from leakbench.tasks import Architecture
 
 LENET = Architecture(name="lenet_zhu", params={"activation": "relu"})
@@ -131,15 +130,6 @@ def test_edges_of_odd_measurements_still_rise(measured):
     assert (edges.diff() > 0).all()
 
 
-SPOILS = {
-    "zeros": torch.zeros_like,
-    "constant": torch.ones_like,
-    "tiny": lambda v: v * 1e-300,
-    "huge": lambda v: v * 1e200,
-    "noise": lambda v: torch.randn(v.shape, generator=torch.Generator().manual_seed(3), dtype=v.dtype),
-}
-
-
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 def test_degenerate_updates_give_finite_inputs_within_bounds(spoil):
     attack = RobbingTheFed(bins=20)
@@ -155,12 +145,6 @@ def test_the_scale_of_the_update_does_not_matter():
     cast = block(attack, sizes=(6,))
     scaled = showing(cast, {n: 17.0 * v for n, v in cast.observation.update.items()})
     torch.testing.assert_close(attack.run(scaled).inputs, attack.run(cast.observation).inputs)
-
-
-def showing(cast, update):
-    seen = cast.observation
-    known = {name: getattr(seen, f"_{name}") for name in ("facts", "random", "model", "auxiliary")}
-    return Observation(Seen([update], prepared=seen.prepared), **known)
 
 
 @pytest.mark.parametrize("params", [{"bins": 0}, {"mode": 0}, {"gain": 0.0}, {"measure": "median"}])
