@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from leakbench.errors import NotGranted as NotGranted
     from leakbench.errors import UserError as UserError
     from leakbench.knowledge import Knowledge as Knowledge
+    from leakbench.mechanism import Mechanism as Mechanism
     from leakbench.models.functional import Model as Model
     from leakbench.observation import Cohort as Cohort
     from leakbench.observation import Observation as Observation
@@ -34,6 +35,7 @@ _HOMES = {
     "DefenseContext": "leakbench.defense",
     "Knowledge": "leakbench.knowledge",
     "LeakbenchError": "leakbench.errors",
+    "Mechanism": "leakbench.mechanism",
     "Model": "leakbench.models.functional",
     "NotApplicable": "leakbench.errors",
     "NotGranted": "leakbench.errors",

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from leakbench.entry import Entry
 from leakbench.errors import InvalidOutput
 from leakbench.federation.gradients import Reduction
+from leakbench.mechanism import Mechanism
 from leakbench.models.functional import BatchNormMode, Model
 from leakbench.randomness import TrialRandom
+from leakbench.tasks import Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,22 @@ class Defense(Entry):
         """
         raise NotImplementedError(f"{type(self).__name__} declares no likelihood")
 
+    def mechanism(self, before: Mechanism, *, batch_size: int, reduction: Reduction) -> Mechanism | None:  # noqa: ARG002
+        """Declare what the client promises with this defense; proved bounds and audits are computed from it.
+
+        In units of what the hook gets: of one step's gradient in ``per_example`` and ``step``, of what is sent in
+        ``update``. A declared mechanism must hold for every model, batch and draw.
+
+        Args:
+            before: What the client promises without it.
+            batch_size: B of the client.
+            reduction: Of the loss over the batch.
+
+        Returns:
+            What it promises with it; None where nothing is declared.
+        """
+        return None
+
     @final
     def overrides(self, hook: str) -> bool:
         """Whether the subclass brings its own ``hook``."""
@@ -128,6 +146,7 @@ class Defense(Entry):
 
 HOOKS = ("model", "accept", "broadcast", "batch", "per_example", "step", "update")
 """The hooks, in the order in which a client calls them."""
+_IN_STEPS = ("accept", "batch", "per_example", "step")
 
 
 class DefenseChain:
@@ -149,6 +168,34 @@ class DefenseChain:
         """Whether some part of the chain looks across tensors of a gradient or update."""
         acting = (p for p in self.parts if any(p.overrides(h) for h in ("per_example", "step", "update")))
         return any(not part.tensorwise for part in acting)
+
+    def mechanism(self, protocol: Protocol, batch_size: int) -> Mechanism | None:
+        """Return what a client with this chain promises, in units of what it sends in one round.
+
+        None where a part that has a say in the update declares nothing, where noise of one local step goes through
+        further ones, or where running statistics are sent, which no part treats.
+
+        Args:
+            protocol: What the client does and sends.
+            batch_size: B of the client.
+        """
+        if protocol.send_buffers:
+            return None
+        found: Mechanism | None = Mechanism()
+        # In the order in which they act last: noise after a clip is not a clip after noise.
+        in_steps = sorted((p for p in self.parts if _last_step_hook(p) >= 0), key=_last_step_hook)
+        on_sent = [part for part in self.parts if part.overrides("update")]
+        if set(map(id, in_steps)) & set(map(id, on_sent)):
+            return None  # one declaration cannot be in the units of both
+        for part in in_steps:
+            found = found and part.mechanism(found, batch_size=batch_size, reduction=protocol.reduction)
+        if found is None or (found.std > 0 and protocol.local_steps > 1):
+            return None
+        if protocol.sends != "gradient":
+            found = found.scaled(protocol.lr) if protocol.local_steps == 1 else Mechanism()
+        for part in on_sent:
+            found = found and part.mechanism(found, batch_size=batch_size, reduction=protocol.reduction)
+        return found
 
     def model(self, model: nn.Module) -> nn.Module:
         """Apply every part's ``model`` hook."""
@@ -241,6 +288,11 @@ class DefenseChain:
         names = [getattr(other, "name", type(other).__name__) for other in self.parts[: part + 1]]
         key = (names[-1], names.count(names[-1]) - 1)
         return replace(ctx, random=ctx.random.at("defense", *key, hook), state=ctx.states.setdefault(key, {}))
+
+
+def _last_step_hook(part: Defense) -> int:
+    """Return which of the hooks around a local step is the part's last, -1 where it has none of them."""
+    return max((_IN_STEPS.index(hook) for hook in _IN_STEPS if part.overrides(hook)), default=-1)
 
 
 def _kind(value: object) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from leakbench import Defense, DefenseContext, UserError, register
+from leakbench import Defense, DefenseContext, Mechanism, UserError, register
 
 
 @register("clip_l2", version=1)
@@ -50,3 +52,13 @@ class ClipL2(Defense):
         return {
             n: v * (self.bound / norms[n]).clamp(max=1).to(v).view(-1, *(1,) * (v.dim() - 1)) for n, v in update.items()
         }
+
+    def mechanism(
+        self,
+        before: Mechanism,
+        *,
+        batch_size: int,  # noqa: ARG002
+        reduction: Literal["mean", "sum"],  # noqa: ARG002
+    ) -> Mechanism | None:
+        """Return the bound on the whole update; nothing where each of who knows how many tensors has its own."""
+        return None if self.per_layer else before.clipped(self.bound)

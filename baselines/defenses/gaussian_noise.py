@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from leakbench import Defense, DefenseContext, UserError, register
+from leakbench import Defense, DefenseContext, Mechanism, UserError, register
 
 
 @register("gaussian_noise", version=1)
@@ -50,6 +51,16 @@ class GaussianNoise(Defense):
             name: value + self._scale(value) * ctx.random.at(name).randn(*value.shape[1:]).to(value.dtype)
             for name, value in update.items()
         }
+
+    def mechanism(
+        self,
+        before: Mechanism,
+        *,
+        batch_size: int,  # noqa: ARG002
+        reduction: Literal["mean", "sum"],  # noqa: ARG002
+    ) -> Mechanism | None:
+        """Return the noise on top of what came before; nothing where its size depends on the update."""
+        return None if self.relative and self.std > 0 else before.noised(self.std)
 
     def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:  # noqa: ARG002
         """Return the log-density (T,) of ``sent`` given ``clean``, over the tensors of ``sent``.

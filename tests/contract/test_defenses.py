@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from leakbench.defense import DefenseChain, DefenseContext
+from leakbench.federation.client import Client
 
 DEFENSES = [pytest.param(cls, id=stem) for stem, cls in tiny.entries("defenses")]
 SWEPT = [pytest.param(cls, id=stem) for stem, cls in tiny.entries("defenses") if cls.strength]
@@ -107,3 +108,36 @@ def test_hooks_do_not_change_their_arguments_in_place(cls):
     chain.tensors("step", gradient, ctx)
     chain.tensors("update", gradient, ctx)
     assert all(torch.equal(value, before[name]) for name, value in arguments.items())
+
+
+DECLARED = [
+    pytest.param(cls, name, id=f"{stem}-{name}")
+    for stem, cls in tiny.entries("defenses")
+    for name in ("gradient", "delta")
+    if DefenseChain([cls()]).mechanism(tiny.PROTOCOLS[name].protocol, tiny.PROTOCOLS[name].batch)
+]
+
+
+@pytest.mark.parametrize(("cls", "name"), DECLARED)
+def test_a_declared_mechanism_is_kept(cls, name):
+    block, chain = tiny.PROTOCOLS[name], DefenseChain([cls()])
+    mechanism = chain.mechanism(block.protocol, block.batch)
+    images, labels = (value[:, 0] for value in block.victims)
+    model = block.model.trials(0, 1)
+
+    def sent(images, labels, purpose=1):
+        update = Client(block.protocol, block.batch, chain).update(
+            model, images, labels, random=block.only(0, 0, 0, 0).random(purpose)
+        )
+        return torch.cat([value.flatten(1) for value in update.values()], 1)
+
+    # Trials with the same streams have the same noise, so that distances are free of it.
+    for scale in (1, 30):
+        one = images[:1].expand_as(images).clone(), labels[:1].expand_as(labels).clone()
+        one[0][:, 0], one[1][:, 0] = scale * images[:, 0], labels[:, 0]
+        assert torch.pdist(sent(*one)).max() <= mechanism.example * (1 + 1e-9)
+        assert torch.pdist(sent(scale * images, labels)).max() <= mechanism.update * (1 + 1e-9)
+    difference = (sent(images, labels, 1) - sent(images, labels, 2))[0] / 2**0.5
+    assert difference.square().mean().sqrt().item() == pytest.approx(
+        mechanism.std, rel=6 / (2 * len(difference)) ** 0.5
+    )

@@ -1,0 +1,30 @@
+"""What the clients behind an update promise together."""
+
+from __future__ import annotations
+
+from leakbench.errors import NotApplicable
+from leakbench.measures.subject import Clients
+from leakbench.mechanism import Mechanism, averaged
+
+
+def promised(cohort: Clients) -> Mechanism | None:
+    """Return what the mean of the cohort's updates promises in one round; None where a client's defense declares none.
+
+    Args:
+        cohort: The clients; their noises are independent.
+    """
+    each = [client.defense.mechanism(client.protocol, client.batch_size) for client in cohort.clients]
+    known = [mechanism for mechanism in each if mechanism is not None]
+    return averaged(known, cohort.weights) if len(known) == len(each) else None
+
+
+def noisy(cohort: Clients) -> Mechanism:
+    """Return what a cohort promises that adds noise.
+
+    Raises:
+        NotApplicable: It declares none.
+    """
+    mechanism = promised(cohort)
+    if mechanism is None or mechanism.std == 0:
+        raise NotApplicable("the defense declares no Gaussian noise; try dp_sgd or clip_l2+gaussian_noise")
+    return mechanism
