@@ -182,6 +182,7 @@ def findings(
     reduction: Reduction = "mean",
     thresholds: Thresholds | None = None,
     with_d_snr: bool = True,
+    before: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return everything that one client can find out about the model it got, and whether it would refuse.
 
@@ -196,6 +197,8 @@ def findings(
         reduction: Of the loss over the batch.
         thresholds: When it refuses; the defaults where None.
         with_d_snr: Whether to compute it: it takes a gradient of every example, the rest one of the batch.
+        before: What this function returns for the model before, as ``model`` and as ``previous``, on the same batch;
+            computed, where it is needed, for None.
 
     Returns:
         (T,) float64 by metric; one that does not exist for such a task is left out.
@@ -211,8 +214,10 @@ def findings(
         values["model_disagreement"] = inputs.new_full((trials,), disagreement, dtype=torch.float64)
     failed = failed_checks(values, limits)
     if any(bool(failed[name].any()) for name in _COMPARED & failed.keys()):
-        before = failed_checks(_compared(previous, previous, inputs, labels, batch_norm, reduction), limits)
-        failed |= {name: failed[name] & ~before[name] for name in before}
+        if before is None:
+            before = _compared(previous, previous, inputs, labels, batch_norm, reduction)
+        odd = failed_checks({name: before[name] for name in _COMPARED & before.keys()}, limits)
+        failed |= {name: failed[name] & ~odd[name] for name in odd}
     return values | {"detected": torch.stack(list(failed.values())).any(0).double()}
 
 

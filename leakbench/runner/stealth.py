@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,16 +69,12 @@ def stealth(
     dtype = getattr(torch, protocol.precision)
     worst: dict[str, Tensor] = {}
 
-    def look(k: int, got: Model, before: Model, digests: Sequence[str]) -> dict[str, Tensor]:
+    def look_of(k: int) -> Callable[..., dict[str, Tensor]]:
         first = task.batch.of_client(k).size
-        inputs = to_inputs(victims.inputs[:, k, :first], data.input_spec, task.normalise).to(dtype)
-        labels = torch.tensor(victims.labels[:, k, :first])
-        return findings(
-            got,
-            before,
-            inputs,
-            labels,
-            digests=digests,
+        return partial(
+            findings,
+            inputs=to_inputs(victims.inputs[:, k, :first], data.input_spec, task.normalise).to(dtype),
+            labels=torch.tensor(victims.labels[:, k, :first]),
             batch_norm=protocol.batch_norm,
             reduction=protocol.reduction,
         )
@@ -90,12 +87,15 @@ def stealth(
 
     for k in _clients(rounds, protocol.clients):
         try:
-            note(keep(k, lambda: look(k, model, model, ("",) * protocol.clients)), "_honest")  # noqa: B023  (at once)
-            before = model
+            look = look_of(k)
+            honest = keep(k, lambda: look(model, model, digests=("",) * protocol.clients))  # noqa: B023  (at once)
+            note(honest, "_honest")
+            previous = model
+            before: Mapping[str, Tensor] | None = honest
             for each in rounds:
                 got = each.model_of(k)
-                note(look(k, got, before, each.digests))
-                before = got
+                note(look(got, previous, digests=each.digests, before=before))
+                previous, before = got, None
         except (ValueError, RuntimeError, MemoryError) as error:  # rows matter more
             _log.warning("stealth: client %d: %s", k, error)
     return worst

@@ -18,6 +18,7 @@ from leakbench.federation.inputs import to_inputs
 from leakbench.metrics import METRICS, headline
 from leakbench.metrics.stealth import (
     Thresholds,
+    _compared,
     d_snr,
     dead_gradient_share,
     findings,
@@ -334,6 +335,21 @@ def test_a_zeroed_batch_norm_shows_in_scale_logits_and_gradients(name, params, l
     assert found["head_gradient_rank"].tolist() == [1, 1]
     honest = findings(model, model, *batch(6), batch_norm=mode, with_d_snr=False)
     assert (honest["logit_spread"] > found["logit_spread"]).all()
+
+
+@pytest.mark.parametrize("odd_before", [False, True])
+def test_what_is_known_of_the_model_before_need_not_be_computed_again(odd_before, monkeypatch):
+    model, (inputs, labels) = net("lenet5", batch_norm=True), batch(6)
+    planted = zeroed(model, "body.0.bn1")
+    previous = planted if odd_before else model
+    known = findings(previous, previous, inputs, labels)
+    expected = findings(planted, previous, inputs, labels)
+    looked = []
+    monkeypatch.setattr("leakbench.metrics.stealth._compared", lambda *a: looked.append(a) or _compared(*a))
+    found = findings(planted, previous, inputs, labels, before=known)
+    assert len(looked) == 1
+    assert found["detected"].tolist() == [not odd_before] * 2
+    assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in expected.items()}
 
 
 @pytest.mark.parametrize(("scale", "refused"), [(1e-2, True), (5e-2, False)])
