@@ -186,7 +186,7 @@ def test_a_task_id_that_names_several_tasks_offers_their_hashes(known, tmp_path)
         ({"dataset": "mnits"}, ["grids[0].dataset", "Did you mean 'mnist'"]),
         ({"dataset": "gone.npz"}, ["grids[0].dataset", "gone.npz"]),
         ({"target": "label"}, ["grids[0].target", "Did you mean 'labels'"]),
-        ({"attacks": []}, ["grids[0].attacks: expected at least one value"]),
+        ({"attacks": []}, ["grids[0]: expected attacks, measures or both, got neither"]),
         ({"attacks": "attack_label"}, ["grids[0].attacks", "Did you mean 'attack_labels'"]),
         ({"attacks": "attack_inputs"}, ["grids[0].attacks", "recovers labels"]),
         ({"attacks": "attack_labels(x=1)"}, ["grids[0].attacks", "no parameter 'x'"]),
