@@ -97,3 +97,5 @@ def resolve_measure(text: str) -> EntrySpec:
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------
+
+from leakbench.measures import specs_fitted  # noqa: E402, F401  registers more; it needs the names above
