@@ -16,6 +16,7 @@ from leakbench.errors import InvalidOutput
 from leakbench.knowledge import Knowledge
 from leakbench.models.functional import Model
 from leakbench.observation import Cohort, Observation
+from leakbench.tasks import INFERENCE
 
 NOTE = "note/"
 """Leads the names of `Recovery.notes` among the claimed tensors."""
@@ -55,6 +56,7 @@ class Recovery:
         label_counts: (T, K, C) integer counts of each class behind each client; (T, 1, C) where the attack cannot
             attribute labels to clients and claims the union.
         inputs: (T, n, *input_shape) recovered inputs in the model's input space, n <= N, in any order.
+        scores: (T,) probability, in [0, 1], that the client has the attribute or the candidate.
         visible_loss: (T,) the attack's own objective at the end; never used for scoring.
         visible_loss_trace: (T, <= 200) the same along the way.
         model_evaluations: Gradient evaluations per trial; counted by the harness where None.
@@ -64,6 +66,7 @@ class Recovery:
 
     label_counts: Tensor | None = None
     inputs: Tensor | None = None
+    scores: Tensor | None = None
     visible_loss: Tensor | None = None
     visible_loss_trace: Tensor | None = None
     model_evaluations: int | None = None
@@ -71,7 +74,7 @@ class Recovery:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the claimed tensors by field name."""
-        fields = ("label_counts", "inputs", "visible_loss", "visible_loss_trace")
+        fields = ("label_counts", "inputs", "scores", "visible_loss", "visible_loss_trace")
         claimed = {name: value for name in fields if (value := getattr(self, name)) is not None}
         notes = {NOTE + name: torch.as_tensor(value) for name, value in self.notes.items()}
         return claimed | notes
@@ -96,7 +99,7 @@ class RecoveryShape:
     input_shape: tuple[int, ...]
 
     def check(self, recovery: object, recovers: frozenset[str]) -> Recovery:
-        """Return ``recovery`` with counts as int64 and inputs as float32 on the CPU.
+        """Return ``recovery`` with counts as int64, inputs as float32 and scores as float64 on the CPU.
 
         Raises:
             InvalidOutput: Wrong type, shape, dtype, count, a NaN or an infinity; the message names the field.
@@ -113,6 +116,7 @@ class RecoveryShape:
         return Recovery(
             label_counts=self._counts(recovery.label_counts) if "labels" in recovers else None,
             inputs=self._inputs(recovery.inputs) if "inputs" in recovers else None,
+            scores=self._scores(recovery.scores) if recovers & INFERENCE else None,
             visible_loss=self._loss("visible_loss", recovery.visible_loss, (self.trials,)),
             visible_loss_trace=self._loss(
                 "visible_loss_trace", recovery.visible_loss_trace, (self.trials, TRACE_LIMIT)
@@ -127,7 +131,7 @@ class RecoveryShape:
         Raises:
             InvalidOutput: See `check`; also unknown tensors, or a count of evaluations that is none.
         """
-        fields = {"label_counts", "inputs", "visible_loss", "visible_loss_trace"}
+        fields = {"label_counts", "inputs", "scores", "visible_loss", "visible_loss_trace"}
         notes = {name.removeprefix(NOTE): value for name, value in tensors.items() if name.startswith(NOTE)}
         claimed = {name: value for name, value in tensors.items() if not name.startswith(NOTE)}
         if not set(claimed) <= fields:
@@ -181,6 +185,21 @@ class RecoveryShape:
             raise InvalidOutput(f"Recovery.inputs: at most {total} candidates per trial, got {shape[1]}")
         return _float32("inputs", inputs)
 
+    def _scores(self, scores: Tensor | None) -> Tensor:
+        expected = f"probabilities ({self.trials},)"
+        if scores is None:
+            raise InvalidOutput(f"Recovery.scores: expected {expected}, got None")
+        if not scores.is_floating_point():
+            raise InvalidOutput(f"Recovery.scores: expected a floating dtype, got {scores.dtype}")
+        if tuple(scores.shape) != (self.trials,):
+            raise InvalidOutput(f"Recovery.scores: expected {expected}, got shape {tuple(scores.shape)}")
+        scores = scores.detach().to("cpu", torch.float64)
+        if bool((scores < 0).any()) or bool((scores > 1).any()):
+            raise InvalidOutput(
+                f"Recovery.scores: expected {expected}, got values from {scores.min()} to {scores.max()}"
+            )
+        return scores
+
     def _loss(self, name: str, loss: Tensor | None, most: tuple[int, ...]) -> Tensor | None:
         if loss is None:
             return None
@@ -210,7 +229,7 @@ class Attack(Entry, ABC):
     """One paper's attack. A subclass overrides `run`, and `prepare` or `plant` where the idea needs them."""
 
     recovers: ClassVar[frozenset[str]]
-    """What it claims: ``labels``, ``inputs``."""
+    """What it claims: ``labels``, ``inputs``, ``attribute``, ``membership``."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names out of `NEEDS`; a task that lacks one gives ``not_applicable`` rows."""
     exact: ClassVar[bool] = False

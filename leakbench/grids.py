@@ -14,7 +14,7 @@ from leakbench.errors import UserError
 from leakbench.measures.catalogue import DEFAULT, MEASURES, resolve_measure
 from leakbench.parts import Part
 from leakbench.stage import Stage
-from leakbench.tasks import Architecture, BatchSpec, Protocol, Task, ThreatModel
+from leakbench.tasks import Architecture, AttributeSpec, BatchSpec, Protocol, Target, Task, ThreatModel
 
 ModelDraws = Literal["one", "per_trial"]
 T = TypeVar("T")
@@ -61,8 +61,10 @@ class Grid(Part):
     """Mappings of what the adversary knows and may do."""
     normalise: _Axis[bool] = (True,)
     """Whether inputs are normalised."""
-    target: _Axis[Literal["labels", "inputs"]] = ("labels",)
+    target: _Axis[Target] = ("labels",)
     """What is to be recovered."""
+    attribute: Annotated[tuple[AttributeSpec, ...], _axis("name")] = ()
+    """With target ``attribute``, and no part of the product elsewhere: names, or mappings with name, value, mix."""
     attacks: Annotated[tuple[str, ...], _axis()] = ()
     """Attack expressions; may be empty where there are measures."""
     measures: Annotated[tuple[str, ...], _axis()] = ()
@@ -78,6 +80,8 @@ class Grid(Part):
 
     @model_validator(mode="after")
     def _every_task_is_one(self) -> Grid:
+        if self.attribute and "attribute" not in self.target:
+            raise ValueError("attribute: needs target: attribute, which this grid lacks")
         if not (self.attacks or self.measures):
             raise ValueError("expected attacks, measures or both, got neither")
         try:
@@ -92,9 +96,13 @@ class Grid(Part):
 
     def tasks(self) -> Iterator[Task]:
         """Yield the tasks of the grid."""
-        axes = ("dataset", "architecture", "stage", "batch", "protocol", "threat_model", "normalise", "target")
-        for values in product(*(getattr(self, axis) for axis in axes)):
-            yield Task(**dict(zip(axes, values, strict=True)))
+        axes = ("dataset", "architecture", "stage", "batch", "protocol", "threat_model", "normalise")
+        asked: list[dict[str, Any]] = []
+        for target in self.target:
+            specs = (self.attribute or (None,)) if target == "attribute" else (None,)
+            asked += [{"target": target, "attribute": spec} for spec in specs]
+        for *values, what in product(*(getattr(self, axis) for axis in axes), asked):
+            yield Task(**dict(zip(axes, values, strict=True)), **what)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from leakbench.federation.products import per_trial_products
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.models.functional import Model
 from leakbench.randomness import TrialRandom
-from leakbench.tasks import InputSpec, Protocol
+from leakbench.tasks import AttributeSpec, InputSpec, Protocol
 
 G = TypeVar("G")
 
@@ -41,7 +41,8 @@ class Facts:
         class_prior: (C,) class frequencies of the data source.
         wall_seconds: Time the whole block may take.
         model_evaluations: Gradient evaluations per trial that the budget allows; None is unlimited.
-        target: What the task asks for: ``labels`` or ``inputs``.
+        target: What the task asks for: ``labels``, ``inputs``, ``attribute`` or ``membership``.
+        attribute: Which attribute, where that is the target.
     """
 
     granted: frozenset[str]
@@ -58,6 +59,7 @@ class Facts:
     wall_seconds: float | None = None
     model_evaluations: int | None = None
     target: str = "labels"
+    attribute: AttributeSpec | None = None
 
 
 class Knowledge:
@@ -69,6 +71,7 @@ class Knowledge:
         facts: Public and granted numbers.
         model: The model the server holds, M = 1 or T.
         auxiliary: Inputs (n, *input_shape) and labels (n,) that the attacker owns.
+        auxiliary_attribute: (n,) whether each of these has the attribute that the task asks for.
         defense: The client's defense.
         random: The attack's own streams.
         report: Receives progress.
@@ -81,6 +84,7 @@ class Knowledge:
         random: TrialRandom,
         model: Model | None = None,
         auxiliary: tuple[Tensor, Tensor] | None = None,
+        auxiliary_attribute: Tensor | None = None,
         defense: DefenseChain | None = None,
         report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
@@ -88,6 +92,7 @@ class Knowledge:
         self._random = random
         self._model = model
         self._auxiliary = auxiliary
+        self._auxiliary_attribute = auxiliary_attribute
         self._defense = defense
         self._report = report
         self._count = [0]  # shared with copies and blocks
@@ -146,8 +151,19 @@ class Knowledge:
 
     @property
     def target(self) -> str:
-        """What the task asks for: ``labels`` or ``inputs``."""
+        """What the task asks for: ``labels``, ``inputs``, ``attribute`` or ``membership``."""
         return self._facts.target
+
+    @property
+    def attribute(self) -> AttributeSpec:
+        """Which attribute the task asks for.
+
+        Raises:
+            NotGranted: It asks for none.
+        """
+        if self._facts.attribute is None:
+            raise NotGranted(f"the task asks for {self.target}, not for an attribute")
+        return self._facts.attribute
 
     @property
     def examples_interact(self) -> bool:
@@ -219,9 +235,22 @@ class Knowledge:
         return self._grant("auxiliary", self._auxiliary)
 
     @property
+    def auxiliary_attribute(self) -> Tensor:
+        """(n,) int64: 1 for the auxiliary examples that have the attribute that the task asks for, else 0."""
+        _ = self.attribute
+        return self._grant("auxiliary", self._auxiliary_attribute)
+
+    @property
     def defense(self) -> DefenseChain:
         """The client's defense, with its parameters, never its random draws."""
         return self._grant("defense", self._defense)
+
+    @property
+    def withheld(self) -> frozenset[str]:
+        """Parameters of which the update holds zeros because the client keeps them back; empty where that is unknown."""
+        if self._defense is None or self._model is None:
+            return frozenset()
+        return self._defense.withholds(self._model)
 
     # --- what the attacker can compute ----------------------------------------------------------------------------
 
@@ -367,8 +396,8 @@ class Knowledge:
         sent = {name: value for name, value in update.items() if name not in buffers}
         if self.sends != "weights":
             return sent
-        start = (model or self.model).parameters
-        return {name: start[name] - value for name, value in sent.items()}
+        start, withheld = (model or self.model).parameters, self.withheld
+        return {name: value if name in withheld else start[name] - value for name, value in sent.items()}
 
     def asking(self, target: str) -> Self:
         """Return the same knowledge for an attack that another one runs to recover ``target``."""

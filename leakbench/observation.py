@@ -28,6 +28,7 @@ class Seen:
         prepared: What `Attack.prepare` returned.
         statistics: (T, channels) BatchNorm statistics of the last round, where the grant goes beyond the server's own.
         planted: What clients got, per round; empty where nothing may be planted.
+        candidates: Inputs (T, *input_shape) and labels (T,) of whom membership is asked, where that is the target.
     """
 
     updates: Sequence[Mapping[str, Tensor]]
@@ -36,6 +37,7 @@ class Seen:
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     planted: Sequence[Planted] = ()
+    candidates: tuple[Tensor, Tensor] | None = None
 
 
 class Cohort(Knowledge):
@@ -78,11 +80,13 @@ class Observation(Knowledge):
                 prepared=seen.prepared,
                 statistics=cut(seen.statistics),
                 planted=[planted.trials(first, last) for planted in seen.planted],
+                candidates=None if seen.candidates is None else (seen.candidates[0][part], seen.candidates[1][part]),
             ),
             facts=self._facts,
             random=self._random.part(first, last),
             model=None if self._model is None else self._model.trials(first, last),
             auxiliary=self._auxiliary,
+            auxiliary_attribute=self._auxiliary_attribute,
             defense=self._defense,
             report=self._report,
         )
@@ -153,11 +157,13 @@ class Observation(Knowledge):
                 [update],
                 labels=None if seen.labels is None else seen.labels[:, client : client + 1],
                 order=None if seen.order is None else seen.order[:, client : client + 1],
+                candidates=seen.candidates,
             ),
             facts=facts,
             random=self._random.at("client", client),
             model=None if self._model is None else self.client_model(client, round_index),
             auxiliary=self._auxiliary,
+            auxiliary_attribute=self._auxiliary_attribute,
             defense=self._defense,
             report=self._report,
         )
@@ -183,6 +189,17 @@ class Observation(Knowledge):
         """(T, N) private labels; for K > 1 clients their labels one after the other."""
         labels = self._grant("labels", self._seen.labels).flatten(1)
         return labels[:, labels[0] >= 0]  # clients of a cohort may hold fewer than N
+
+    @property
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """Inputs (T, *input_shape) and labels (T,): of each, whether it is an example of the first client is asked.
+
+        Raises:
+            NotGranted: The task does not ask for membership.
+        """
+        if self._seen.candidates is None:
+            raise NotGranted(f"the task asks for {self.target}, not for membership: there are no candidates")
+        return self._seen.candidates
 
     @property
     def batch_order(self) -> Tensor:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from leakbench.metrics import METRICS
 from leakbench.tasks import Task
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Raised when a column is added, removed, renamed or changes its type."""
 
 BENCHMARK_VERSION = "0.3"
@@ -64,7 +64,15 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("task", _TEXT, "Readable task id"),
     Field("task_version", _INT, "Version of the task definition"),
     Field("task_hash", _TEXT, "Sha256 of the task definition"),
-    Field("target", _TEXT, "What is to be recovered: labels or inputs"),
+    Field("target", _TEXT, "What is to be recovered: labels, inputs, attribute or membership"),
+    Field("attribute", _TEXT, "Name of the attribute that is asked for; null: none is", nullable=True),
+    Field("attribute_value", _INT, "Value of an example that has it; null: none is asked for", nullable=True),
+    Field(
+        "attribute_mix",
+        _FLOAT,
+        "Share of a batch's examples that have it, in a client that has it; null: none is asked for",
+        nullable=True,
+    ),
     Field("dataset", _TEXT, "Dataset name"),
     Field("dataset_fingerprint", _TEXT, "Sha256 over decoded uint8 values and labels; null: not read", nullable=True),
     Field("decoder", _TEXT, "Versions of the libraries that decoded and resized; null: not read", nullable=True),
@@ -176,6 +184,8 @@ ROW_FIELDS: tuple[Field, ...] = (
             _FLOAT,
             f"{spec.name} of the better of a prior-drawn and the best constant guess, same sampler; on failed rows too"
             if spec.target == "labels"
+            else f"{spec.name} of a claim of .5; on failed rows too"
+            if spec.target == "inference"
             else f"{spec.name} of the honest model for the same batch"
             if spec.target == "stealth"
             else f"{spec.name} of the best floor (random image, dataset mean, ...) for this victim; on failed rows too",
@@ -183,6 +193,13 @@ ROW_FIELDS: tuple[Field, ...] = (
         )
         for spec in METRICS.values()
     ),
+    Field(
+        "inference_truth",
+        _INT,
+        "1 where the client has the attribute or the candidate, else 0; null: neither is asked",
+        nullable=True,
+    ),
+    Field("inference_score", _FLOAT, "Claimed probability of a truth of 1; null: no such claim", nullable=True),
     Field(
         "refused",
         _FLOAT,
@@ -262,6 +279,9 @@ def task_columns(task: Task) -> dict[str, Any]:
         "task_version": task.version,
         "task_hash": task.hash,
         "target": task.target,
+        "attribute": None if task.attribute is None else task.attribute.name,
+        "attribute_value": None if task.attribute is None else task.attribute.value,
+        "attribute_mix": None if task.attribute is None else task.attribute.mix,
         "dataset": task.dataset,
         "normalise": task.normalise,
         "architecture": task.architecture.name,

@@ -1,8 +1,8 @@
 """The columns of the board: what is computed from the rows of one attack, defense and task.
 
-An attack is never rewarded for failing: a trial that failed counts as the chance level (labels) or floor (inputs) of
-its metric. So does one that the attack declined in a cell of which it tried others: it may have picked the easy ones.
-Trials that were not available, and cells that were not applicable throughout, are counted and left out.
+An attack is never rewarded for failing: a trial that failed counts as the chance level (labels, inference) or floor
+(inputs) of its metric. So does one that the attack declined in a cell of which it tried others: it may have picked the
+easy ones. Trials that were not available, and cells that were not applicable throughout, are counted and left out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from leakbench.board.detection import STATISTICS, statistics
 from leakbench.board.stats import Interval, bootstrap
 from leakbench.keys import DEVELOPMENT
-from leakbench.metrics import METRICS, MetricSpec, headline
+from leakbench.metrics import METRICS, MetricSpec, headline, metric_target
 from leakbench.schema import DEFENDED, FAILURES, STATUSES
 
-DEMONSTRATION_DATASETS = frozenset({"digits"})
+DEMONSTRATION_DATASETS = frozenset({"digits", "digits_parity"})
 """Datasets that are in every environment, an attack's included: their rows demonstrate and are never ranked."""
 
 OVERSTATES = "overstates protection"
@@ -103,7 +104,7 @@ class Cell:
         """
         if spec.target == "stealth":
             return float(self.tried[spec.name].mean())
-        if spec.target != self.keys["target"]:
+        if spec.target != metric_target(self.keys["target"]):
             return np.nan
         ok = self.tried["status"] == "ok"
         missing = (ok & self.tried[spec.name].isna() & self.tried[spec.reference].isna()).to_numpy()
@@ -122,8 +123,8 @@ class Cell:
 
     @cached_property
     def advantage(self) -> Interval:
-        """(v - c) / (1 - c) for labels: 0 is chance, 1 is everything; undefined where chance is everything."""
-        if self.metric.target != "labels" or not self.chance < 1:
+        """(v - c) / (1 - c): 0 is chance, 1 is everything; undefined for inputs, and where chance is everything."""
+        if self.metric.target == "inputs" or not self.chance < 1:
             return Interval(np.nan, np.nan, np.nan)
         return Interval(*((value - self.chance) / (1 - self.chance) for value in self.score))
 
@@ -134,6 +135,15 @@ class Cell:
             return Interval(np.nan, np.nan, np.nan)
         difference = self.values(self.metric) - self.reference(self.metric)
         return bootstrap(difference, self.clusters, "gain", *self.keys.values())
+
+    @cached_property
+    def statistics(self) -> dict[str, Interval]:
+        """Statistics over the trials of an inference target; a trial without a claim counts as one of .5."""
+        known = self.tried[self.tried["inference_truth"].notna()]
+        scores = known["inference_score"].astype(float).where(known["status"] == "ok").fillna(0.5)
+        clusters = list(zip(known["draw"].tolist(), known["trial"].tolist(), strict=True))
+        truth = known["inference_truth"].to_numpy(np.int64)
+        return statistics(truth, np.asarray(scores, dtype=np.float64), clusters, "statistics", *self.keys.values())
 
     @property
     def defense_note(self) -> str | None:
@@ -213,6 +223,14 @@ def _mean(spec: MetricSpec) -> BoardColumn:
     return BoardColumn(spec.name, f"mean of {spec.name}", lambda c: c.mean(spec))
 
 
+def _statistic(name: str) -> list[BoardColumn]:
+    return [
+        BoardColumn(name, f"inference: {STATISTICS[name]}", lambda c: c.statistics[name].mean),
+        BoardColumn(f"{name}_low", "lower end of its 95% interval", lambda c: c.statistics[name].low),
+        BoardColumn(f"{name}_high", "upper end of its 95% interval", lambda c: c.statistics[name].high),
+    ]
+
+
 COLUMNS: tuple[BoardColumn, ...] = (
     BoardColumn("attack_label", "attack with its notable parameters", lambda c: _label(c, "attack")),
     BoardColumn("defense_label", "defense with its notable parameters", lambda c: _label(c, "defense")),
@@ -228,13 +246,14 @@ COLUMNS: tuple[BoardColumn, ...] = (
     BoardColumn("mean", "mean of the ranking metric", lambda c: c.score.mean),
     BoardColumn("ci_low", "lower end of its 95% interval", lambda c: c.score.low),
     BoardColumn("ci_high", "upper end of its 95% interval", lambda c: c.score.high),
-    BoardColumn("reference", "chance (labels) or floor (inputs) of the ranking metric", lambda c: c.chance),
-    BoardColumn("advantage", "labels: (mean - chance) / (1 - chance)", lambda c: c.advantage.mean),
+    BoardColumn("reference", "chance (labels, inference) or floor (inputs) of the ranking metric", lambda c: c.chance),
+    BoardColumn("advantage", "labels, inference: (mean - chance) / (1 - chance)", lambda c: c.advantage.mean),
     BoardColumn("advantage_low", "lower end of its 95% interval", lambda c: c.advantage.low),
     BoardColumn("advantage_high", "upper end of its 95% interval", lambda c: c.advantage.high),
     BoardColumn("gain", "inputs: mean gain over the floor of the same trial, dB", lambda c: c.gain.mean),
     BoardColumn("gain_low", "lower end of its 95% interval", lambda c: c.gain.low),
     BoardColumn("gain_high", "upper end of its 95% interval", lambda c: c.gain.high),
+    *(column for name in STATISTICS for column in _statistic(name)),
     BoardColumn(
         "planted_share", "mean share of the parameters that were replaced", lambda c: _number(c, "planted_share")
     ),

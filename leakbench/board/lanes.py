@@ -21,21 +21,30 @@ LANE_COLUMNS = {
     "tasks": "undefended tasks of this lane and stage",
     "covered": "those on which the attack ran; on the others it counts as chance or floor",
     "mean": "mean of the ranking metric over the covered tasks, each with equal weight",
-    "reference": "mean chance (labels) or floor (inputs) of these",
-    "edge": "labels: (value - chance) / (1 - chance), at least -1, over tasks; inputs: gain over the floor, dB",
+    "reference": "mean chance (labels, inference) or floor (inputs) of these",
+    "edge": "labels, inference: (value - chance) / (1 - chance), at least -1, over tasks; inputs: gain over the floor, "
+    "dB",
     "edge_low": "lower end of its 95% interval; victims that tasks share are resampled together",
     "edge_high": "upper end of its 95% interval",
-    "exact": "mean share of exact label counts, or of recovered images, over the covered tasks",
+    "exact": "mean share of exact label counts, or of recovered images, or mean bits, over the covered tasks",
     "detected": "mean share of trials in which clients' plain checks would notice what was planted; null: nothing was",
     "inserted": "module that the attack had inserted in front of the net; null: none",
     "rank_group": "1 for the best attack and those that cannot be told from it; null: ran on no task",
 }
 """The columns that follow `LANE_KEYS` and the attack's keys."""
 
-EXACT = {"labels": "count_exact_match", "inputs": "recovered"}
+EXACT = {
+    "labels": "count_exact_match",
+    "inputs": "recovered",
+    "attribute": "inference_bits",
+    "membership": "inference_bits",
+}
 """What stands beside stealth, by target: a planted model is worth its risk where it is exact."""
 
-_VICTIM = ("dataset", "dataset_fingerprint", "batch_size", "batch_sizes", "sampler", "sampler_alpha", "sampler_classes")
+_VICTIM = (
+    *("dataset", "dataset_fingerprint", "batch_size", "batch_sizes", "sampler", "sampler_alpha", "sampler_classes"),
+    *("attribute", "attribute_value", "attribute_mix"),
+)
 """With the trial, and the number of examples behind the update, what tells victims apart."""
 
 
@@ -127,7 +136,7 @@ def _edges(cells: list[Cell], victims: dict[Any, pd.DataFrame]) -> pd.DataFrame:
         if task in known:
             cell = known[task]
             gap = cell.by_trial - cell.chance
-            if cell.metric.target == "labels":
+            if cell.metric.target != "inputs":
                 # Where chance is .89, naming a few classes of many gives -8: one task would decide the mean over all.
                 gap = (gap / (1 - cell.chance)).clip(lower=-1)
             edges.loc[gap.index] = gap

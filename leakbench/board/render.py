@@ -25,6 +25,7 @@ from leakbench.board.stats import CONFIDENCE, RESAMPLES
 from leakbench.keys import DEVELOPMENT
 from leakbench.metrics import METRICS, headline
 from leakbench.stage import stage_order
+from leakbench.tasks import INFERENCE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,7 @@ class ViewColumn:
         right: Whether it is aligned to the right.
         shown: Whether a table has it.
         wide: Whether it is left out in the terminal, for want of room.
-        room: Whether it stays in the terminal beside what clients could notice.
+        room: Whether it stays in the terminal beside what clients could notice, or statistics over trials.
     """
 
     title: str
@@ -57,7 +58,7 @@ class ViewColumn:
 
 
 def _number(value: float, target: str) -> str:
-    return "-" if pd.isna(value) else f"{value:z.2f}" if target == "labels" else f"{value:z.1f}"
+    return "-" if pd.isna(value) else f"{value:z.1f}" if target == "inputs" else f"{value:z.2f}"
 
 
 def _interval(line: Line) -> str:
@@ -66,7 +67,7 @@ def _interval(line: Line) -> str:
 
 
 def _edge(line: Line) -> str:
-    return _number(line["advantage" if line["target"] == "labels" else "gain"], line["target"])
+    return _number(line["gain" if line["target"] == "inputs" else "advantage"], line["target"])
 
 
 def _trials(line: Line) -> str:
@@ -99,6 +100,9 @@ VIEW: tuple[ViewColumn, ...] = (
     ViewColumn("{reference}", lambda c: _number(c["reference"], c["target"])),
     ViewColumn("empty", lambda c: _number(c["empty"], c["target"]), shown=_known("empty")),
     ViewColumn("{edge}", _edge, room=False),
+    ViewColumn("AUC", lambda c: _number(c["auc"], "labels"), shown=_known("auc")),
+    ViewColumn("TPR@1%", lambda c: _number(c["tpr_at_1pct_fpr"], "labels"), shown=_known("auc")),
+    ViewColumn("bits", lambda c: _number(c["inference_bits"], "labels"), shown=_known("auc")),
     ViewColumn("{exact}", _exact, shown=_known("detected")),
     ViewColumn("detected", _detected, shown=_known("detected")),
     ViewColumn(
@@ -113,6 +117,7 @@ VIEW: tuple[ViewColumn, ...] = (
         "ms",
         lambda c: "-" if pd.isna(c["seconds"]) else f"{1000 * c['seconds']:.3g}",
         shown=lambda t: not _known("detected")(t),
+        room=False,
     ),
 )
 """The columns of terminal and Markdown tables that follow the defense, in order."""
@@ -163,9 +168,9 @@ def _names(target: str) -> dict[str, str]:
     spec = headline(target)
     return {
         "metric": spec.name.replace("_", " ") + (f" [{spec.unit}]" if spec.unit != "1" else ""),
-        "reference": "chance" if target == "labels" else "floor",
-        "edge": "advantage" if target == "labels" else "gain",
-        "exact": EXACT[target].replace("count_exact_match", "exact"),
+        "reference": "floor" if target == "inputs" else "chance",
+        "edge": "gain" if target == "inputs" else "advantage",
+        "exact": EXACT[target].replace("count_exact_match", "exact").replace("inference_", ""),
     }
 
 
@@ -209,8 +214,8 @@ def tables(board: pd.DataFrame, *, wide: bool = True) -> Iterator[Table]:
         if not pd.isna(first["checkpoint"]):
             where.append(f"weights {first['checkpoint']}")
         detectable = task["detectable"].median()
-        stealth = _known("detected")(task)
-        columns = [c for c in VIEW if c.shown(task) and (wide or (not c.wide and (c.room or not stealth)))]
+        inference, crowded = _known("auc")(task), _known("detected")(task) or _known("auc")(task)
+        columns = [c for c in VIEW if c.shown(task) and (wide or (not c.wide and (c.room or not crowded)))]
         yield Table(
             title=f"{first['task']}  ({', '.join(where)})",
             columns=columns,
@@ -226,7 +231,10 @@ def tables(board: pd.DataFrame, *, wide: bool = True) -> Iterator[Table]:
                 + ("; ∪: counts of all clients together" if task["attributed"].isin([False]).any() else "")
                 if _known("detected")(task)
                 else "; ms: milliseconds per trial"
+                if any(column.title == "ms" for column in columns)
+                else ""
             )
+            + ("; TPR@1%: true positives at 1% false ones" if inference else "")
             + (f"; detectable difference about {detectable:.2g}" if detectable > 0 else ""),
         )
 
@@ -281,7 +289,8 @@ def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
     """
     for keys, lane in lanes.groupby([key for key in LANE_KEYS if key != "stage"], sort=False, dropna=False):
         season, _, _, name, target, demonstration = map(str, keys)
-        shown = f"lane {name}, {{}}" + (", demonstration" if demonstration == "True" else "")
+        asked = f" of {target}" if target in INFERENCE else ""
+        shown = f"lane {name}{asked}, {{}}" + (", demonstration" if demonstration == "True" else "")
         stages = sorted(lane["stage"].unique(), key=stage_order)
         left_out = len(stages) - MOST_STAGES
         if left_out > 0:
@@ -299,7 +308,7 @@ def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
                     for line in lane[lane["stage"] == stage].to_dict("records")
                 ],
                 caption=f"means over tasks [{CONFIDENCE:.0%} interval]"
-                + ("; advantages below -1 count as -1" if target == "labels" else "")
+                + ("; advantages below -1 count as -1" if target != "inputs" else "")
                 + f"; tasks on which an attack did not run count as {_names(target)['reference']}; "
                 "attacks of one group cannot be told apart"
                 + (f"; {left_out} stages are left out here: --csv" if left_out > 0 else ""),

@@ -1,9 +1,11 @@
-"""The metrics and what they mean. No torch here; the arithmetic is in `labels`, `images` and `stealth`."""
+"""The metrics and what they mean. No torch here; the arithmetic is in the modules named after the targets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from leakbench.tasks import INFERENCE
 
 _LLG = "Wainakh et al. 2022, arXiv 2105.09369"
 _ILRG = "Ma et al. 2023, iLRG (ICLR)"
@@ -16,8 +18,9 @@ class MetricSpec:
 
     Args:
         name: Name of the row column.
-        target: What the attack recovers, or ``stealth``: what one client can find out about the model that it got,
-            whatever is recovered; the most visible of at most four clients and of all rounds.
+        target: What the attack recovers, ``inference`` standing for attribute and membership; or ``stealth``: what one
+            client can find out about the model that it got, whatever is recovered; the most visible of at most four
+            clients and of all rounds.
         higher_is_better: For the attack; of stealth, less visible is better.
         unit: ``1`` for a fraction or a distance without unit, ``dB``, ``intensity^2`` (intensities are in [0, 1]),
             ``position`` (from 1), ``rank`` (of a matrix).
@@ -27,7 +30,7 @@ class MetricSpec:
     """
 
     name: str
-    target: Literal["labels", "inputs", "stealth"]
+    target: Literal["labels", "inputs", "inference", "stealth"]
     higher_is_better: bool
     unit: str
     description: str
@@ -38,13 +41,13 @@ class MetricSpec:
     def reference(self) -> str:
         """Name of the row column to compare with.
 
-        What knows nothing of the update: ``*_chance`` (labels), ``*_floor`` (inputs). What the honest model looks like
-        on the same batch: ``*_honest`` (stealth).
+        What knows nothing of the update: ``*_chance`` (labels, inference), ``*_floor`` (inputs). What the honest model
+        looks like on the same batch: ``*_honest`` (stealth).
         """
         return f"{self.name}_{_REFERENCES[self.target]}"
 
 
-_REFERENCES = {"labels": "chance", "inputs": "floor", "stealth": "honest"}
+_REFERENCES = {"labels": "chance", "inputs": "floor", "inference": "chance", "stealth": "honest"}
 
 
 def _labels(
@@ -144,6 +147,25 @@ METRICS: dict[str, MetricSpec] = {
             "6 dB above that image's best floor",
             "leakbench",
         ),
+        MetricSpec(
+            "inference_accuracy",
+            "inference",
+            True,
+            "1",
+            "1 when the claimed probability is on the side of the truth, 1/2 when it is exactly .5, else 0; the truth "
+            "is a fair coin, so the mean estimates the balanced accuracy",
+            "standard",
+            True,
+        ),
+        MetricSpec(
+            "inference_bits",
+            "inference",
+            True,
+            "bit",
+            "1 + log2 of the probability given to the truth, the claim clipped to .01 .. .99; the mean is a lower "
+            "bound on the information usable by the attack's family, as far as its claims are calibrated",
+            "after Xu et al. 2020, arXiv 2002.10689",
+        ),
         _stealth(
             "detected",
             "1 when the client would refuse the model by a threshold on the numbers below but model_disagreement "
@@ -186,6 +208,11 @@ METRICS: dict[str, MetricSpec] = {
 """Every metric by name, in the order of columns and tables."""
 
 
+def metric_target(target: str) -> str:
+    """Return what `MetricSpec.target` calls a task's target."""
+    return "inference" if target in INFERENCE else target
+
+
 def headline(target: str) -> MetricSpec:
-    """Return the metric that boards of ``target`` (``labels`` or ``inputs``) rank by, or that sums up ``stealth``."""
-    return next(spec for spec in METRICS.values() if spec.headline and spec.target == target)
+    """Return the metric that boards of a task's ``target`` rank by, or that sums up ``stealth``."""
+    return next(spec for spec in METRICS.values() if spec.headline and spec.target == metric_target(target))

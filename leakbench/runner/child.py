@@ -32,7 +32,7 @@ from leakbench.observation import Cohort, Observation, Seen
 from leakbench.randomness import TrialRandom
 from leakbench.runner.loading import Local, describe, error_line, load_chain, load_entry
 from leakbench.runner.wire import Blob, ConnectionClosed, Message, receive, send
-from leakbench.tasks import Architecture, InputSpec, Protocol
+from leakbench.tasks import Architecture, AttributeSpec, InputSpec, Protocol
 
 NO_LIMIT = 1 << 62
 STATISTICS = "statistics/"
@@ -198,7 +198,7 @@ class AttackRole:
 
     The request's body holds ``facts``, ``attack`` and ``defense`` (entry requests; the latter null when withheld),
     ``architecture``, ``insert``, ``num_classes`` and ``device``; its blobs are ``seeds`` and, where granted, ``model``,
-    ``auxiliary``, ``labels``, ``order``, ``prepared``.
+    ``auxiliary``, ``labels``, ``order``, ``candidates``, ``prepared``.
     """
 
     def __init__(self, message: Message, local: Local, sock: socket.socket) -> None:
@@ -218,21 +218,28 @@ class AttackRole:
             "random": TrialRandom(message.tensors("seeds")["seeds"], device=self.device),
             "model": None,
             "auxiliary": None,
+            "auxiliary_attribute": _to(auxiliary.get("attribute"), self.device),
             "defense": chain,
             "report": lambda progress: send(sock, "progress", progress),
         }
         if "model" in message.blobs:
             transform = chain or DefenseChain()
             self.knowledge["model"] = _model(message, transform, facts.input_spec.shape).to(self.device, dtype)
-        if auxiliary:
-            inputs = to_inputs(auxiliary["images"].numpy(), facts.input_spec, facts.normalised)
-            self.knowledge["auxiliary"] = (inputs.to(self.device, dtype), auxiliary["labels"].to(self.device))
+        self.dtype = dtype
+        self.knowledge["auxiliary"] = self._examples(auxiliary, facts)
+        self.candidates = self._examples(message.tensors("candidates"), facts)
         self.planted: list[Planted] = []
         self.evaluations = 0
         self.labels = message.tensors("labels").get("labels")
         self.order = message.tensors("order").get("order")
         self.prepared = {name: t.to(self.device) for name, t in message.tensors("prepared").items()}
-        self.dtype = dtype
+
+    def _examples(self, packed: Mapping[str, Tensor], facts: Facts) -> tuple[Tensor, Tensor] | None:
+        """Return inputs and labels of images that the attacker was handed, if any."""
+        if not packed:
+            return None
+        inputs = to_inputs(packed["images"].numpy(), facts.input_spec, facts.normalised)
+        return inputs.to(self.device, self.dtype), packed["labels"].to(self.device)
 
     def prepare(self, _: Message) -> Reply:
         """Run `Attack.prepare`."""
@@ -270,6 +277,7 @@ class AttackRole:
             prepared=self.prepared,
             statistics=statistics,
             planted=self.planted,
+            candidates=self.candidates,
         )
         observation = Observation(seen, **self.knowledge)
         recovery = self.shape.check(self.attack.run(observation), frozenset({observation.target}))
@@ -352,6 +360,7 @@ def _facts(body: Mapping[str, Any]) -> Facts:
             "client_sizes": None if body["client_sizes"] is None else tuple(body["client_sizes"]),
             "input_spec": InputSpec.model_validate_json(body["input_spec"]),
             "class_prior": None if body["class_prior"] is None else tuple(body["class_prior"]),
+            "attribute": None if body["attribute"] is None else AttributeSpec.model_validate_json(body["attribute"]),
         }
     )
 

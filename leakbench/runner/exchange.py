@@ -181,6 +181,10 @@ class Exchange:
             blobs["auxiliary"] = Blob.pack(self.shop.scenes.auxiliary(task))
         if threat.labels and not preparing:
             blobs["labels"] = Blob.pack({"labels": torch.tensor(self.victims.labels)})
+        asked = self.victims.candidates
+        if asked is not None and not preparing:
+            packed = {"images": torch.tensor(asked.inputs), "labels": torch.tensor(asked.labels)}
+            blobs["candidates"] = Blob.pack(packed)
         if threat.batch_order and self.order is not None and not preparing:
             blobs["order"] = Blob.pack({"order": self.order})
         body = {

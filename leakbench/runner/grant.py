@@ -67,6 +67,7 @@ def granted_facts(
         "wall_seconds": wall_seconds,
         "model_evaluations": model_evaluations,
         "target": task.target,
+        "attribute": None if task.attribute is None else task.attribute.model_dump_json(),
     }
 
 

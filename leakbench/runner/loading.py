@@ -11,13 +11,14 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from leakbench.attack import NEEDS, Attack
 from leakbench.defense import HOOKS, Defense, DefenseChain
 from leakbench.entry import Entry
 from leakbench.errors import InvalidOutput, LeakbenchError, unknown
 from leakbench.models.imprint import IMPRINTS
+from leakbench.tasks import Target
 
 Local = Mapping[str, Entry]
 """Instances by token, for entries without a file (isolation ``none`` only)."""
@@ -123,8 +124,8 @@ def describe_class(cls: type[Entry], kind: str, name: str) -> dict[str, Any]:
     }
     if issubclass(cls, Attack):
         recovers, needs = frozenset(getattr(cls, "recovers", ())), frozenset(cls.needs)
-        if not recovers or recovers - {"labels", "inputs"}:
-            raise InvalidOutput(f"recovers: expected a set out of 'labels' and 'inputs', got {set(recovers)}")
+        if not recovers or recovers - set(get_args(Target)):
+            raise InvalidOutput(f"recovers: expected a set out of {get_args(Target)}, got {set(recovers)}")
         if cls.inserts is not None and cls.inserts not in IMPRINTS:
             raise InvalidOutput(str(unknown("imprint module", cls.inserts, IMPRINTS)))
         if cls.inserts is not None and "change_architecture" not in needs:

@@ -16,6 +16,7 @@ from leakbench.data import Victims, decoder_versions
 from leakbench.entries import EntrySpec, chain_label
 from leakbench.metrics import METRICS
 from leakbench.metrics.images import Measure, score_images
+from leakbench.metrics.inference import CHANCE, score_inference
 from leakbench.metrics.labels import score_labels
 from leakbench.metrics.perceptual import lpips
 from leakbench.results import blank_row, task_columns
@@ -121,6 +122,8 @@ def job_rows(
         columns["max_label_count"] = counts.sum(1).amax(1).tolist()
         if job.task.target == "labels":
             scores = _label_scores(job, outcome.recovery, scenes, counts)
+        elif victims.truth is not None:
+            scores = _inference_scores(outcome.recovery, torch.tensor(victims.truth))
         else:
             identification, judge = scenes.identification(job.task, victims), scenes.judge(job.task)
             columns["identification_gallery"] = identification.sizes
@@ -175,6 +178,15 @@ def _label_scores(job: Job, recovery: Recovery | None, scenes: Scenes, counts: T
     levels = scenes.chance(job.task, union=claim is None or claim.shape[1] == 1)
     scores = {f"{n}_chance": torch.full((len(counts),), level) for n, level in levels.items()}
     return scores if claim is None else scores | score_labels(counts, claim)
+
+
+def _inference_scores(recovery: Recovery | None, truth: Tensor) -> dict[str, Tensor]:
+    """Return truth, claim, metrics and their chance levels, (T,) each; without a claim truth and chance only."""
+    known = {"inference_truth": truth}
+    known |= {f"{name}_chance": torch.full((len(truth),), level) for name, level in CHANCE.items()}
+    if recovery is None or recovery.scores is None:
+        return known
+    return known | {"inference_score": recovery.scores} | score_inference(truth, recovery.scores)
 
 
 def _image_scores(

@@ -339,7 +339,10 @@ class Scenes:
         """Return the examples the attacker owns: the first ones of the auxiliary split in a fixed public order."""
         data = self.dataset(task)
         rows = data.rows("auxiliary")[: task.threat_model.auxiliary]
-        return {"images": torch.from_numpy(data.images[rows]), "labels": torch.from_numpy(data.labels[rows])}
+        owned = {"images": torch.from_numpy(data.images[rows]), "labels": torch.from_numpy(data.labels[rows])}
+        if task.attribute is not None:
+            owned["attribute"] = torch.from_numpy(data.has(task.attribute)[rows].astype(np.int64))
+        return owned
 
 
 def pixels(inputs: Tensor, task: Task, data: Dataset) -> Tensor:

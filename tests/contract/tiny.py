@@ -24,7 +24,7 @@ from leakbench.models.imprint import inserted_parameters, insertion, with_insert
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
 from leakbench.runner.grant import read_names
-from leakbench.tasks import Architecture, InputSpec, Protocol, ThreatModel
+from leakbench.tasks import Architecture, AttributeSpec, InputSpec, Protocol, ThreatModel
 
 TRIALS = 4
 AUXILIARY = 60
@@ -74,6 +74,7 @@ class Tiny:
     trials: tuple[int, ...] = tuple(range(TRIALS))
     granted: frozenset[str] = MALICIOUS.granted()
     architecture: Architecture = MLP
+    attribute: AttributeSpec = AttributeSpec(name="parity", mix=0.5)
 
     @property
     def inputs_per_client(self):
@@ -113,6 +114,10 @@ class Tiny:
         if "per_client" not in self.granted and any(len(value) > 1 for value in tensors.values()):
             raise NotApplicable("per_client is not granted")
         return Planted(model, tensors, self.protocol.clients)
+
+    def has(self):
+        """Return which digits have the attribute."""
+        return (digits()[1] % 2 == self.attribute.value).long()
 
     @property
     def victims(self):
@@ -154,18 +159,21 @@ class Tiny:
             class_prior=(0.1,) * 10 if "label_prior" in granted else None,
             model_evaluations=BUDGET,
             target=target,
+            attribute=self.attribute if target == "attribute" else None,
         )
         return {
             "facts": facts,
             "random": self.random(purpose, count),
             "model": (model or self.model) if "weights" in granted else None,
             "auxiliary": (images[-AUXILIARY:], labels[-AUXILIARY:]) if "auxiliary" in granted else None,
+            "auxiliary_attribute": self.has()[-AUXILIARY:] if "auxiliary" in granted else None,
             "defense": DefenseChain() if "defense" in granted else None,
         }
 
     def attack(self, attack, *, watch=lambda update: None):
         """Prepare, plant and run ``attack`` as the harness does; return the checked recovery."""
-        target = "inputs" if "inputs" in type(attack).recovers else "labels"
+        asked = ("inputs", "attribute", "membership", "labels")
+        target = next(target for target in asked if target in type(attack).recovers)
         model = self.with_inserted(attack)
         try:
             preparing = self.knowledge(2, None if self.own_models else 1, target, model)
@@ -179,7 +187,10 @@ class Tiny:
         seen = {name: value for name, value in update.items() if name in names}
         watch(seen)
         labels = self.victims[1] if "labels" in self.granted else None
-        observation = Observation(Seen([seen], labels=labels, prepared=prepared, planted=[planted]), **knowledge)
+        images, classes = self.victims
+        candidates = (images[:, 0, 0], classes[:, 0, 0]) if target == "membership" else None
+        shown = Seen([seen], labels=labels, prepared=prepared, planted=[planted], candidates=candidates)
+        observation = Observation(shown, **knowledge)
         return self.shape.check(attack.run(observation), frozenset({target}))
 
     def only(self, *trials):
