@@ -122,6 +122,10 @@ class Defense(Entry):
         """
         raise NotImplementedError(f"{type(self).__name__} declares no likelihood")
 
+    def withholds(self, model: Model) -> frozenset[str]:  # noqa: ARG002
+        """Name the parameters of which nothing is sent, zeros in their place; whoever knows the defense knows which."""
+        return frozenset()
+
     def mechanism(self, before: Mechanism, *, batch_size: int, reduction: Reduction) -> Mechanism | None:  # noqa: ARG002
         """Declare what the client promises with this defense; proved bounds and audits are computed from it.
 
@@ -168,6 +172,10 @@ class DefenseChain:
         """Whether some part of the chain looks across tensors of a gradient or update."""
         acting = (p for p in self.parts if any(p.overrides(h) for h in ("per_example", "step", "update")))
         return any(not part.tensorwise for part in acting)
+
+    def withholds(self, model: Model) -> frozenset[str]:
+        """Return the names of the parameters that some part keeps back."""
+        return frozenset[str]().union(*(part.withholds(model) for part in self.parts))
 
     def mechanism(self, protocol: Protocol, batch_size: int) -> Mechanism | None:
         """Return what a client with this chain promises, in units of what it sends in one round.

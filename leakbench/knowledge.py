@@ -247,7 +247,7 @@ class Knowledge:
 
     @property
     def withheld(self) -> frozenset[str]:
-        """Parameters of which the update holds zeros because the client keeps them back; empty where that is unknown."""
+        """Parameters of which the update holds zeros because the client keeps them back; none where that is unknown."""
         if self._defense is None or self._model is None:
             return frozenset()
         return self._defense.withholds(self._model)

@@ -94,6 +94,7 @@ class Inversion:
         labels = LabelSource(self.labels).labels(observation)
         spent = observation.evaluations - before
         target = self.source.target(observation, self.objective.units)
+        target = {name: value for name, value in target.items() if name not in observation.withheld} or target
         steps, restarts = self._within(observation, spent)
         clock = _Clock(observation, steps)
         size = self.chunk or default_chunk(observation, restarts)

@@ -119,11 +119,7 @@ class Subject:
     @cached_property
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Names of each layer's parameters by the layer's name, from input to output."""
-        layers: dict[str, tuple[str, ...]] = {}
-        for name in self.model.parameters:
-            layer = name.rpartition(".")[0] or name
-            layers[layer] = (*layers.get(layer, ()), name)
-        return layers
+        return self.model.layers
 
     def update(
         self, images: Tensor | None = None, labels: Tensor | None = None, *, create_graph: bool = False

@@ -110,6 +110,22 @@ for _spec in (
         batch_norm=True,
     ),
     ArchitectureSpec(
+        "vgg9",
+        "leakbench.models.small:vgg9",
+        "VGG-9 of FedMA, without normalisation; params: width (32); inputs of at least 8x8",
+        "Wang et al. 2020, FedMA, arXiv:2002.06440",
+        nonnegative_features=True,
+        batch_norm=False,
+    ),
+    ArchitectureSpec(
+        "alexnet_small",
+        "leakbench.models.small:alexnet_small",
+        "AlexNet's layers for small images; params: width (32); inputs of at least 8x8",
+        "Krizhevsky, Sutskever, Hinton 2012, NeurIPS",
+        nonnegative_features=True,
+        batch_norm=False,
+    ),
+    ArchitectureSpec(
         "convnet",
         "leakbench.models.small:convnet",
         "the ConvNet of Inverting Gradients; params: width (64); inputs of at least 9x9",

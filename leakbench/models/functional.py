@@ -77,6 +77,15 @@ class Model:
         return tuple(self.parameters)
 
     @property
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Names of each layer's parameters by the layer's name, in the module's order: from input to output."""
+        layers: dict[str, tuple[str, ...]] = {}
+        for name in self.parameters:
+            layer = name.rpartition(".")[0] or name
+            layers[layer] = (*layers.get(layer, ()), name)
+        return layers
+
+    @property
     def has_head_bias(self) -> bool:
         """Whether the last layer has a bias."""
         return f"{self.head}.bias" in self.parameters

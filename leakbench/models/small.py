@@ -166,3 +166,50 @@ def vgg(input_shape: tuple[int, ...], num_classes: int, *, depth: int = 16) -> n
     size = _width(convolutions, input_shape)
     dense = [nn.Linear(size, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()]
     return Classifier(nn.Sequential(convolutions, *dense), input_shape, num_classes)
+
+
+def vgg9(input_shape: tuple[int, ...], num_classes: int, *, width: int = 32) -> nn.Module:
+    """Return the VGG-9 of FedMA (Wang et al. 2020, arXiv:2002.06440): six convolutions, two dense layers, no norm.
+
+    Their widths are 32, 64, 128, 128, 256, 256 and 512, 512, here in multiples of ``width``.
+    """
+    layers: list[tuple[str, nn.Module]] = []
+    channels = input_shape[0]
+    for i, factor in enumerate((1, 2, 4, 4, 8, 8)):
+        layers += [(f"conv{i}", nn.Conv2d(channels, factor * width, 3, padding=1)), (f"relu{i}", nn.ReLU())]
+        channels = factor * width
+        if i % 2:
+            layers.append((f"pool{i // 2}", nn.MaxPool2d(2)))
+    return _with_dense(layers, (16 * width, 16 * width), input_shape, num_classes)
+
+
+def alexnet_small(input_shape: tuple[int, ...], num_classes: int, *, width: int = 32) -> nn.Module:
+    """Return AlexNet's five convolutions and two dense layers (Krizhevsky et al. 2012) for small images.
+
+    Kernels of 5 and 3, pooling after the first, second and fifth layer; channels 1, 3, 6, 4, 4 times ``width``, as in
+    torchvision's AlexNet, where that is 64; dense layers of 8 times ``width``.
+    """
+    layers: list[tuple[str, nn.Module]] = []
+    channels = input_shape[0]
+    for i, factor in enumerate((1, 3, 6, 4, 4)):
+        kernel = 5 if i < 2 else 3
+        layers += [
+            (f"conv{i}", nn.Conv2d(channels, factor * width, kernel, padding=kernel // 2)),
+            (f"relu{i}", nn.ReLU()),
+        ]
+        channels = factor * width
+        if i in (0, 1, 4):
+            layers.append((f"pool{i}", nn.MaxPool2d(2)))
+    return _with_dense(layers, (8 * width, 8 * width), input_shape, num_classes)
+
+
+def _with_dense(
+    layers: list[tuple[str, nn.Module]], widths: Iterable[int], input_shape: tuple[int, ...], num_classes: int
+) -> nn.Module:
+    """Return a classifier of convolutions, then dense layers of ``widths`` with ReLU."""
+    layers = [*layers, ("flatten", nn.Flatten())]
+    size = _width(_named(layers), input_shape)
+    for i, width in enumerate(widths):
+        layers += [(f"dense{i}", nn.Linear(size, width)), (f"dense_relu{i}", nn.ReLU())]
+        size = width
+    return Classifier(_named(layers), input_shape, num_classes)

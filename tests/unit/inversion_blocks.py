@@ -31,6 +31,7 @@ def observe(
     labels=True,
     budget=None,
     defense=None,
+    known=False,
     scale=1.0,
     withheld=(),
     reports=None,
@@ -39,7 +40,8 @@ def observe(
 ):
     """Return what the attacker sees, the private inputs (T, N, *shape) in [0, 1], and their labels (T, N).
 
-    ``dataset`` is images (n, *shape) in [0, 1] and labels (n,); digits where None.
+    ``dataset`` is images (n, *shape) in [0, 1] and labels (n,); digits where None. ``known``: whether the attacker
+    knows the defense.
     """
     images, targets = dataset or digits()
     spec = InputSpec(shape=tuple(images.shape[1:]))
@@ -50,7 +52,8 @@ def observe(
     net = net or Architecture(name="lenet_zhu", init="uniform(0.5)")
     model = build_model(net, spec.shape, 10, seeds=range(trials if own_models else 1)).to(dtype=dtype)
     random = TrialRandom(torch.arange(trials * 32).reshape(trials, 32).to(torch.uint8))
-    client = Client(protocol, batch, DefenseChain([defense] if defense else []))
+    chain = DefenseChain([defense] if defense else [])
+    client = Client(protocol, batch, chain)
     state = ClientState()
     shown = client.shown(Received(model=model, state=state), inputs, classes, random=random)
     update = client.update(model, inputs, classes, random=random, state=state)
@@ -68,7 +71,8 @@ def observe(
     seen = Seen([{n: scale * v for n, v in update.items()}], labels=classes[:, None] if labels else None)
     model = model.with_state(parameters=shown) if shown else model
     report = None if reports is None else reports.append
-    return Observation(seen, facts=facts, random=random, model=model, report=report), inputs, classes
+    chain = chain if known else None
+    return Observation(seen, facts=facts, random=random, model=model, report=report, defense=chain), inputs, classes
 
 
 def psnr(recovered, true):
