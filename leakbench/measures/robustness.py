@@ -106,7 +106,7 @@ def poisson_gamma(kappa: float, noise: float, steps: int, rate: float) -> float:
 
     Args:
         kappa: Success of the best blind guess, in (0, 1).
-        noise: Noise multiplier.
+        noise: Noise multiplier, at least 0.05.
         steps: T.
         rate: Probability q that an example is in a step's batch.
     """
@@ -161,9 +161,9 @@ def _loss(x: Floats, noise: float, rate: float) -> Floats:
 
 def _window(noise: float, steps: int, rate: float) -> tuple[float, float]:
     """Return losses between which the sum over steps lies under both hypotheses, up to `_TAIL` (Chernoff)."""
-    spread = steps * math.log1p(rate**2 * math.expm1(noise**-2))
+    spread = steps * (np.logaddexp(math.log1p(-(rate**2)), 2 * math.log(rate) + noise**-2) if rate < 1 else noise**-2)
     lower = steps * min(-math.log1p(-rate), noise**-2) if rate < 1 else steps * noise**-2
-    return -(lower - math.log(_TAIL)), spread - math.log(_TAIL)
+    return -(lower - math.log(_TAIL)), float(spread) - math.log(_TAIL)
 
 
 def _step(noise: float, rate: float, width: float, low: float, high: float) -> tuple[int, Floats, float]:
@@ -173,7 +173,7 @@ def _step(noise: float, rate: float, width: float, low: float, high: float) -> t
         The index of the first cell, the probabilities under N(0, noise^2), and what of the other hypothesis's
         probability lies beyond ``high``.
     """
-    reach = 40 * noise
+    reach = 10 * noise  # less than 1e-22 lies beyond
     ends = _loss(np.array([-reach, 1 + reach]), noise, rate)
     first, last = math.floor(max(ends[0], low) / width), math.ceil(min(ends[1], high) / width)
     grid = np.arange(first, last + 1) * width

@@ -77,6 +77,12 @@ def test_one_sampled_step_is_the_neyman_pearson_test():
     assert poisson_gamma(kappa, noise, 1, rate) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("noise", "steps", "rate"), [(0.05, 1, 1), (0.05, 100, 0.001), (1, 5000, 1), (500, 3, 0.5)])
+def test_extreme_settings_stay_numbers(noise, steps, rate):
+    exact = gaussian_gamma(0.1, math.sqrt(steps) / noise)
+    assert 0.1 - 1e-6 <= poisson_gamma(0.1, noise, steps, rate) <= exact + 1e-6
+
+
 @settings(deadline=None, max_examples=10)
 @given(st.floats(0.01, 0.9), st.floats(0.6, 20), st.integers(1, 500), st.floats(0.001, 1))
 def test_sampling_helps_and_no_bound_is_below_the_blind_guess(kappa, noise, steps, rate):
