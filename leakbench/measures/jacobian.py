@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leakbench.measures.subject import ALL, Subject
 from leakbench.models.taps import layer_outputs
+from leakbench.randomness import TrialRandom
 
 _NUMBERS = 2**26
 
@@ -59,6 +60,10 @@ class Jacobian:
         """The update itself, (T, P_l) by layer."""
         return self.subject.by_layer({name: value.detach() for name, value in self._update.items()})
 
+    def random(self, purpose: str) -> TrialRandom:
+        """Return streams for a measure's own draws, equal whichever trials share this Jacobian."""
+        return self.subject.random.at("measure", purpose)
+
     @cached_property
     def _pulled(self) -> Tensor | None:
         """J^T u as a function of u, differentiable; None where nothing in the update depends on the images."""
@@ -93,7 +98,7 @@ class Jacobian:
         outputs, weights = [], []
         for layer, value in cotangents.items():
             names = self.subject.layers[layer]
-            pieces = value.split([self._update[name][0].numel() for name in names], 1)
+            pieces = torch.split(value, [self._update[name][0].numel() for name in names], 1)
             for name, piece in zip(names, pieces, strict=True):
                 if name in self._moving:
                     outputs.append(self._moving[name])
@@ -126,15 +131,38 @@ class Jacobian:
         return {name: found[name] if name in found else torch.zeros_like(self._update[name]).detach() for name in names}
 
 
-def linearised(subject: Subject) -> Iterator[Jacobian]:
+def linearised(subject: Subject, at_most: int | None = None) -> Iterator[Jacobian]:
     """Yield the Jacobians of a subject's trials, so few at once that their graphs fit into the memory.
 
     How many is a fixed function of shapes, so that numbers do not depend on the memory at hand. A caller that drops
     each Jacobian before it asks for the next never has two graphs.
+
+    Args:
+        subject: Whose.
+        at_most: No more trials at once than this, where the caller's own tensors are large.
     """
-    size = trials_at_once(subject)
+    size = min(trials_at_once(subject), at_most or subject.trials)
     for first in range(0, subject.trials, size):
         yield Jacobian(subject.part(first, min(first + size, subject.trials)))
+
+
+def by_trial(
+    subject: Subject, compute: Callable[[Jacobian], Mapping[str, Tensor]], at_most: int | None = None
+) -> dict[str, Tensor]:
+    """Compute numbers of all trials, so many at once as fit into the memory, and tell the runner how far they are.
+
+    Args:
+        subject: Whose.
+        compute: Takes the Jacobian of some trials and returns their numbers, (T, *) by name.
+        at_most: See `linearised`.
+    """
+    parts: list[Mapping[str, Tensor]] = []
+    done = 0
+    for jacobian in linearised(subject, at_most):
+        parts.append(compute(jacobian))
+        done += jacobian.trials
+        subject.progress(done, subject.trials)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def trials_at_once(subject: Subject) -> int:

@@ -72,3 +72,31 @@ def exact(whose):
     """Return the Jacobian (T, P, d) of a subject by layer and of all of them, by central differences."""
     found = differences(lambda images: whose.by_layer(whose.update(images)), whose.images)
     return found | {ALL: torch.cat(list(found.values()), 1)}
+
+
+class Explicit(Subject):
+    """A subject whose update is a given function of images (T, 1, 1, 1, d), one tensor per layer.
+
+    Args:
+        function: Images (T, d) to the update, (T, P_l) by layer.
+        images: (T, d).
+        auxiliary: A subject whose images and truth tell of an attribute.
+    """
+
+    def __init__(self, function, images, auxiliary=None):
+        whose = subject(trials=len(images), batch=1)
+        super().__init__(
+            model=whose.model,
+            cohort=whose.cohort,
+            spec=whose.spec,
+            normalise=False,
+            images=images[:, None, None, None],
+            labels=whose.labels,
+            random=whose.random,
+            auxiliary=auxiliary,
+        )
+        self.function = function
+        self.layers = {layer: (layer,) for layer in function(images)}
+
+    def update(self, images=None, labels=None, *, create_graph=False):
+        return self.function((self.images if images is None else images).flatten(1))
