@@ -21,6 +21,8 @@ from leakbench.measures.nets import ConvOnGradients, mlp, trained
 
 AXES = 128
 """Principal coordinates that the MLP reads."""
+SOFT = 0.1
+"""Pseudo-counts of calibration."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +112,15 @@ FAMILIES: Mapping[str, Callable[[View], Floats]] = {
 def calibrated(scores: Floats, view: View) -> Floats:
     """Return log-odds (n,) whose scale and offset minimise the log loss of the calibration rows (Platt 1999).
 
-    The scale is not negative and may be 0, so that every family can also ignore what it sees. The rows' truths are
-    softened as Platt's are, so that rows which are all told apart do not make the scale infinite.
+    The scale is not negative and may be 0, so that every family can also ignore what it sees. So that rows which are
+    all told apart do not make the scale infinite, their truths are softened: by a tenth of Platt's pseudo-counts, since
+    the whole ones cost 0.05 bit of a linear rule that is right (400 rows) and saved none on noise.
     """
     own, truth = scores[view.fit : len(view.truth)], view.truth[view.fit :]
     spread = max(float(own.std()), 1e-12)
     centre = float(own.mean())
     ones = int(truth.sum())
-    soft = np.where(truth == 1, (ones + 1) / (ones + 2), 1 / (len(truth) - ones + 2))
+    soft = np.where(truth == 1, (ones + SOFT) / (ones + 2 * SOFT), SOFT / (len(truth) - ones + 2 * SOFT))
 
     def loss(line: Floats) -> tuple[float, Floats]:
         x = (own - centre) / spread

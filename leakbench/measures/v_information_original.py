@@ -115,24 +115,22 @@ def bits_per_dim(guess: Guess, targets: Floats, fit: int, calibrate: int, dims: 
 def ridge(updates: Floats, targets: Floats, fit: int, known: int) -> Guess:  # noqa: ARG001  all inverters' signature
     """Ridge regression in closed form, its penalty by leave-one-out errors."""
     values, axes = np.linalg.eigh(updates[:fit, :fit])
-    values = np.maximum(values, 0.0)
-    among = targets[:fit, :fit]
+    kept = values > 1e-9 * max(float(values[-1]), 1e-30)
+    values, axes = values[kept], axes[:, kept]
+    if len(values) == 0:
+        return Guess(np.zeros(len(updates)), np.zeros(len(updates)))
+    reach = targets[:, :fit] @ axes
+    among, energy = axes.T @ reach[:fit], np.diag(targets)[:fit]
 
     def error(penalty: float) -> float:
-        hat = (axes * (values / (values + penalty))) @ axes.T
-        rest = np.eye(fit) - hat
+        fitted = axes * (values / (values + penalty))
+        missed = energy - 2 * (fitted * reach[:fit]).sum(1) + ((fitted @ among) * fitted).sum(1)
         # The mean was fitted too, to all rows: each has a share 1 / fit in its own.
-        left_out = (
-            np.einsum("ij,jk,ik->i", rest, among, rest, optimize=True) / (np.diag(rest) - 1 / fit).clip(1e-6) ** 2
-        )
-        return float(left_out.mean())
+        return float((missed / (1 - 1 / fit - (fitted * axes).sum(1)).clip(1e-6) ** 2).mean())
 
-    penalty = min(np.logspace(-6, 3, 19) * max(float(values.max()), 1e-30), key=error)
-    weights = updates[:, :fit] @ ((axes / (values + penalty)) @ axes.T)
-    return Guess(
-        cross=np.einsum("ij,ij->i", weights, targets[:, :fit]),
-        power=np.einsum("ij,jk,ik->i", weights, among, weights, optimize=True),
-    )
+    penalty = min(np.logspace(-6, 3, 19) * float(values[-1]), key=error)
+    found = updates[:, :fit] @ (axes / (values + penalty))
+    return Guess(cross=(found * reach).sum(1), power=((found @ among) * found).sum(1))
 
 
 def decoder(updates: Floats, targets: Floats, fit: int, known: int) -> Guess:
@@ -154,6 +152,9 @@ INVERTERS: Mapping[str, Callable[[Floats, Floats, int, int], Guess]] = {"ridge":
 
 def sorted_images(subject: Subject) -> NDArray[np.float32]:
     """Return the trials' images (T, n * pixels), each trial's by label and then by brightness."""
-    flat, labels = subject.images.flatten(2).cpu(), subject.labels.cpu()
-    order = np.lexsort((flat.mean(2).numpy(), labels.numpy()), axis=1)
-    return np.take_along_axis(flat.numpy(), order[:, :, None], 1).reshape(len(flat), -1).astype(np.float32)
+    flat, labels = subject.images.flatten(2).cpu().numpy(), subject.labels.cpu().numpy()
+    levels = np.rint(255 * flat.astype(np.float64)).astype(np.int64)
+    # Images of the same brightness are told apart by whole numbers too, so that rounding never decides.
+    weights = np.random.default_rng(0).integers(1 << 20, size=flat.shape[2])
+    order = np.lexsort((levels @ weights, levels.sum(2), labels), axis=1)
+    return np.take_along_axis(flat, order[:, :, None], 1).reshape(len(flat), -1).astype(np.float32)
