@@ -125,7 +125,8 @@ def describe_class(cls: type[Entry], kind: str, name: str) -> dict[str, Any]:
     if issubclass(cls, Attack):
         recovers, needs = frozenset(getattr(cls, "recovers", ())), frozenset(cls.needs)
         if not recovers or recovers - set(get_args(Target)):
-            raise InvalidOutput(f"recovers: expected a set out of {get_args(Target)}, got {set(recovers)}")
+            known = ", ".join(get_args(Target))
+            raise InvalidOutput(f"recovers: expected a set out of {known}; got {set(recovers)}")
         if cls.inserts is not None and cls.inserts not in IMPRINTS:
             raise InvalidOutput(str(unknown("imprint module", cls.inserts, IMPRINTS)))
         if cls.inserts is not None and "change_architecture" not in needs:

@@ -42,6 +42,7 @@ VIT = Architecture(
     name="timm/vit_tiny_patch16_224",
     params={"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2},
 )
+ODD = AttributeSpec(name="parity", mix=0.5)
 PUBLIC_FACTS = FACTS
 
 
@@ -74,7 +75,7 @@ class Tiny:
     trials: tuple[int, ...] = tuple(range(TRIALS))
     granted: frozenset[str] = MALICIOUS.granted()
     architecture: Architecture = MLP
-    attribute: AttributeSpec = AttributeSpec(name="parity", mix=0.5)
+    attribute: AttributeSpec = ODD
 
     @property
     def inputs_per_client(self):

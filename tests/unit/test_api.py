@@ -400,7 +400,7 @@ def test_a_mistake_in_an_instance_is_one_line(make, message, origin, request):
 
 
 def test_a_declaration_that_is_missing_is_one_line(cell):
-    refused("recovers: expected a set out of 'labels' and 'inputs'", attack=cell.Nothing())
+    refused("recovers: expected a set out of labels, inputs, attribute, membership", attack=cell.Nothing())
 
 
 def test_what_needs_a_file_says_so(cell):
