@@ -13,6 +13,9 @@ from leakbench.entries import Description, EntrySpec, Value, merge_params, parse
 from leakbench.errors import UserError
 from leakbench.registry import Registry
 
+ALL = "all"
+"""Stands for the whole update where a layer is named."""
+
 MeasureKind = Literal["lower_bound", "proxy", "proved_bound"]
 
 

@@ -35,6 +35,7 @@ MEASURE_FIELDS: tuple[Field, ...] = (
     Field("unit", _TEXT, "Unit of the value; null: failed", nullable=True),
     Field("layer", _TEXT, "Layer by name, or `all` for the whole update; null: failed", nullable=True),
     Field("depth", _INT, "Position of the layer from the input, 0 is the first; null: all", nullable=True),
+    Field("layer_kind", _TEXT, "convolution, linear, norm or other; null: all, or failed", nullable=True),
     Field("layer_parameters", _INT, "P_l: numbers of the update in that layer; null: failed", nullable=True),
     Field("value", _FLOAT, "The value; null: failed", nullable=True),
     Field("low", _FLOAT, "Lower end of the 95% interval of a fitted value; null: none", nullable=True),

@@ -15,12 +15,12 @@ from leakbench.defense import DefenseChain
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client
 from leakbench.federation.inputs import normalised
+from leakbench.measures.catalogue import ALL
 from leakbench.models.functional import Model
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import AttributeSpec, InputSpec, Protocol
 
-ALL = "all"
-"""Stands for the whole update among the layers of a `Profile`."""
+__all__ = ["ALL", "Clients", "Profile", "Subject"]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ INSERTED = "imprint."
 LARGEST = 1e12
 """Stands for what is infinite or not a number, so that means of rows stay finite."""
 
-_NORMS = (ExplicitBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+NORMS = (ExplicitBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+"""Classes of normalisation layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def least_norm_scale(model: Model, previous: Model | None = None) -> Tensor | No
     Returns:
         (M,), or None for a net without such layers.
     """
-    names = [f"{name}.weight" for name, layer in model.module.named_modules() if isinstance(layer, _NORMS)]
+    names = [f"{name}.weight" for name, layer in model.module.named_modules() if isinstance(layer, NORMS)]
     scales = [_largest(model.parameters[name]) for name in names if name in model.parameters]
     if not scales:
         return None

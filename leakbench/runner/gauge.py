@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakbench.errors import InvalidOutput, NotApplicable
 from leakbench.measures.catalogue import MEASURES
 from leakbench.measures.subject import ALL, Clients, Profile, Subject
+from leakbench.metrics.stealth import NORMS
 from leakbench.randomness import TrialRandom
 from leakbench.runner.child import ClientRole, Reply
 from leakbench.runner.loading import Local, error_line
@@ -48,13 +49,24 @@ class MeasureRole(ClientRole):
             return "measured", {"declined": error_line(error)}, {"measured": {}}
         if found.keys() != {quantity.name for quantity in spec.quantities}:
             raise InvalidOutput(f"gave {sorted(found)}, declares {sorted(q.name for q in spec.quantities)}")
+        layers = {**subject.layers, ALL: tuple(self.model.parameters)}
         sizes = {name: value[0].numel() for name, value in self.model.parameters.items()}
-        numbers = {layer: sum(sizes[name] for name in own) for layer, own in subject.layers.items()}
         body = {
-            "layers": numbers | {ALL: sum(numbers.values())},
+            "layers": {layer: [sum(sizes[name] for name in own), self._kind(layer)] for layer, own in layers.items()},
             "quantities": {name: {"layers": list(p.layers), "n": p.n} for name, p in found.items()},
         }
         return "measured", body, {"measured": _tensors(found)}
+
+    def _kind(self, layer: str) -> str | None:
+        """Return what a layer does, in one word."""
+        if layer == ALL:
+            return None
+        module = self.model.module.get_submodule(layer)
+        if isinstance(module, NORMS):
+            return "norm"
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return "convolution"
+        return "linear" if isinstance(module, nn.Linear) else "other"
 
     def _subject(self) -> Subject:
         auxiliary = None

@@ -41,7 +41,7 @@ class Measured:
     Args:
         status: ``ok`` or why not.
         error: One line where not ok.
-        layers: Parameters of each layer, from input to output, and of `ALL`.
+        layers: Number of parameters and kind of each layer, from input to output, and of `ALL`.
         quantities: By quantity: ``layers`` and ``n``.
         tensors: By ``quantity/values``, ``/low``, ``/high``.
         seconds: Wall time of the measure.
@@ -51,7 +51,7 @@ class Measured:
 
     status: str = "ok"
     error: str | None = None
-    layers: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, tuple[int, str | None]] = field(default_factory=dict)
     quantities: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     seconds: float | None = None
@@ -193,7 +193,8 @@ def _by_layer(found: Measured, quantity: Quantity) -> Iterator[tuple[dict[str, A
             "unit": quantity.unit,
             "layer": layer,
             "depth": None if layer == ALL else depths[layer],
-            "layer_parameters": found.layers[layer],
+            "layer_kind": found.layers[layer][1],
+            "layer_parameters": found.layers[layer][0],
             "n": own["n"],
         }
         ends = {end: float(tensor[i]) for end, tensor in bounds.items() if tensor is not None}

@@ -1,0 +1,267 @@
+"""Verdicts on what a work says of layers, batches and protection: each claim against what was measured. No torch here.
+
+A claim is a list of comparisons of two numbers, the one that it says is greater minus the other one, with an interval.
+A comparison agrees if the interval lies above zero, differs if it lies below, and is undecided otherwise; a claim
+agrees or differs if at least `SHARE` of its comparisons do. No claim is assumed: a claim without comparisons is
+undecided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pydantic import Field
+
+from leakbench.board.stats import bootstrap
+from leakbench.measures.catalogue import ALL
+from leakbench.metrics import METRICS
+from leakbench.parts import Part
+
+SHARE = 2 / 3
+"""Share of its comparisons that have to agree, or differ, for a claim to do so."""
+
+Where = dict[str, str | int | float | bool | None]
+Group = Literal["first_third", "later", "dense", "not_dense"]
+
+COLUMNS = {
+    "claim": "name of the claim",
+    "setting": "task and defense that both numbers are of, or the two that are compared",
+    "quantity": "what is compared: quantity of a measure, or metric of attacks",
+    "more": "what the claim says is greater",
+    "less": "what it says is smaller",
+    "difference": "the former minus the latter",
+    "low": "lower end of the 95% interval of the difference",
+    "high": "upper end",
+    "n": "trials behind it",
+    "verdict": "agrees, differs or undecided",
+    "note": "which layers or attacks",
+}
+"""The columns of the table."""
+
+
+class Claim(Part):
+    """One statement, and how it is tested.
+
+    Exactly one of ``layers``, ``axis`` and ``withheld`` says what is compared.
+    """
+
+    name: str
+    """The statement in a few words."""
+    source: str
+    """Where it was read."""
+    quantities: Annotated[list[str], Field(min_length=1)]
+    """Quantities of measures, or metrics of attacks with ``withheld``; each gives comparisons of its own."""
+    where: Where = Field(default_factory=dict)
+    """Rows that it is about, by column."""
+    layers: tuple[Group, Group] | None = None
+    """Two groups of layers of one update: the layer that holds most of the first against that of the second."""
+    axis: str | None = None
+    """A column: the smallest value, where the claim says most leaks, against every greater one."""
+    withheld: str | None = None
+    """Start of a defense's label: the best attack without a defense against the best one with it."""
+
+
+def verdicts(claims: Sequence[Claim], measured: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one line per comparison of every claim.
+
+    Args:
+        claims: The claims.
+        measured: Rows of measures, as `leakbench.results.load_measures` gives them.
+        rows: Result rows of attacks; may be empty.
+
+    Returns:
+        `COLUMNS`, claim by claim.
+    """
+    lines = [line for claim in claims for line in _comparisons(claim, measured, rows)]
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def summary(claims: Sequence[Claim], table: pd.DataFrame) -> pd.DataFrame:
+    """Return one line per claim: its verdict, how many comparisons agree, differ and are undecided, and its source."""
+    lines = []
+    for claim in claims:
+        counts = table.loc[table["claim"] == claim.name, "verdict"].value_counts()
+        agree, differ, open_ = (int(counts.get(verdict, 0)) for verdict in ("agrees", "differs", "undecided"))
+        total = agree + differ + open_
+        verdict = "undecided"
+        if total and agree >= SHARE * total:
+            verdict = "agrees"
+        elif total and differ >= SHARE * total:
+            verdict = "differs"
+        lines.append(
+            {
+                "claim": claim.name,
+                "verdict": verdict,
+                "agree": agree,
+                "differ": differ,
+                "undecided": open_,
+                "source": claim.source,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _comparisons(claim: Claim, measured: pd.DataFrame, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    find: Callable[[str, pd.DataFrame], Iterator[dict[str, Any]]]
+    source = measured
+    if claim.layers is not None:
+        find = partial(_within, claim.layers)
+    elif claim.axis is not None:
+        find = partial(_along, claim.axis)
+    else:
+        find, source = partial(_protected, claim.withheld or ""), rows
+    ok = source[source["status"] == "ok"] if len(source) else source
+    for column, value in claim.where.items():
+        ok = ok[ok[column].isna() if value is None else ok[column] == value] if len(ok) else ok
+    if not len(ok):
+        return
+    for quantity in claim.quantities:
+        for line in find(quantity, ok):
+            yield {"claim": claim.name, "quantity": quantity, **line, "verdict": _verdict(line["low"], line["high"])}
+
+
+def _verdict(low: float, high: float) -> str:
+    return "agrees" if low > 0 else "differs" if high < 0 else "undecided"
+
+
+# --- layers of one update ---------------------------------------------------------------------------------------------
+
+_MEASURED = ("task", "task_hash", "defense_label", "measure", "measure_params", "quantity")
+
+
+def _within(layers: tuple[Group, Group], quantity: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    rows = rows[(rows["quantity"] == quantity) & (rows["layer"] != ALL)]
+    for keys, part in rows.groupby(list(_MEASURED), sort=True):
+        groups = [part[_in_group(part, group)] for group in layers]
+        if any(not len(group) for group in groups):
+            continue  # a net without such layers
+        best = [_best(group) for group in groups]
+        if part["trial"].isna().all():
+            line = _of_intervals(*(group.sort_values("value", kind="stable").iloc[-1] for group in groups))
+        else:
+            tops = [group.pivot_table(index="trial", columns="layer", values="value").max(axis=1) for group in groups]
+            line = _of_pairs(tops[0], tops[1], *keys)
+        note = " against ".join(best)
+        yield {"setting": _setting(part), "more": line.pop("a"), "less": line.pop("b"), **line, "note": note}
+
+
+def _in_group(part: pd.DataFrame, group: Group) -> NDArray[np.bool_]:
+    dense = (part["layer_kind"] == "linear").to_numpy()
+    depth = part["depth"].to_numpy(float)
+    first = depth < np.ceil((depth.max() + 1) / 3)
+    chosen = {"dense": dense, "not_dense": ~dense, "first_third": first, "later": ~first}
+    return np.asarray(chosen[group])
+
+
+def _best(group: pd.DataFrame) -> str:
+    return str(group.groupby("layer")["value"].mean().idxmax())
+
+
+# --- one number along an axis -----------------------------------------------------------------------------------------
+
+_FOLLOWS = {"batch_size": ("batch_sizes",), "local_steps": ("sends", "batches_per_epoch"), "clients": ()}
+"""Columns that change along with an axis."""
+_SAME = (
+    *("dataset", "normalise", "architecture", "architecture_init", "architecture_params", "stage"),
+    *("batch_size", "batch_sizes", "sampler", "sampler_alpha", "sampler_classes"),
+    *("sends", "local_steps", "lr", "batches", "batches_per_epoch", "batch_norm", "clients", "weighting"),
+    *("attribute", "attribute_value", "attribute_mix", "target"),
+    *("defense_label", "measure", "measure_params", "quantity"),
+)
+
+
+def _along(axis: str, quantity: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    rows = rows[(rows["quantity"] == quantity) & (rows["layer"] == ALL)]
+    same = [key for key in _SAME if key not in (axis, *_FOLLOWS.get(axis, ())) and key in rows]
+    for keys, part in rows.groupby(same, sort=True, dropna=False):
+        levels = sorted(part[axis].unique())
+        for level in levels[1:]:
+            more, less = (part[part[axis] == value] for value in (levels[0], level))
+            if more["trial"].isna().all():
+                line = _of_intervals(more.iloc[0], less.iloc[0])
+            else:
+                line = _of_samples(more["value"].to_numpy(float), less["value"].to_numpy(float), *keys, level)
+            setting = f"{_setting(more)}: {axis} {levels[0]} against {level}"
+            yield {"setting": setting, "more": line.pop("a"), "less": line.pop("b"), **line, "note": ""}
+
+
+# --- attacks under protection -----------------------------------------------------------------------------------------
+
+
+def _protected(withheld: str, metric: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    rows = rows[rows[metric].notna()]
+    sign = 1 if METRICS[metric].higher_is_better else -1
+    for _, part in rows.groupby("task_hash", sort=True):
+        undefended = part[part["defense_label"] == "none"]
+        protected = part[part["defense_label"].str.startswith(withheld)]
+        if not len(undefended):
+            continue
+        before = _strongest(undefended, metric, sign)
+        for label, own in protected.groupby("defense_label", sort=True):
+            after = _strongest(own, metric, sign)
+            line = _of_pairs(before[metric] * sign, after[metric] * sign, part["task_hash"].iloc[0], label)
+            note = f"{before['attack_label'].iloc[0]} against {after['attack_label'].iloc[0]}"
+            line |= {"more": sign * line.pop("a"), "less": sign * line.pop("b")}
+            yield {"setting": f"{part['task'].iloc[0]}: none against {label}", **line, "note": note}
+
+
+def _strongest(rows: pd.DataFrame, metric: str, sign: int) -> pd.DataFrame:
+    """Return the rows, by trial, of the attack with the best mean."""
+    means = rows.groupby("attack_label")[metric].mean() * sign
+    return rows[rows["attack_label"] == means.idxmax()].set_index("trial").sort_index()
+
+
+# --- differences with intervals ---------------------------------------------------------------------------------------
+
+
+def _of_pairs(a: pd.Series[float], b: pd.Series[float], *names: object) -> dict[str, Any]:
+    """Return the mean difference over common trials with its bootstrap interval."""
+    common = a.index.intersection(b.index)
+    first, second = a.loc[common].to_numpy(float), b.loc[common].to_numpy(float)
+    mean, low, high = bootstrap(first - second, list(common), "claim", *map(str, names))
+    return {
+        "a": first.mean(),
+        "b": second.mean(),
+        "difference": mean,
+        "low": low,
+        "high": high,
+        "n": len(common),
+    }
+
+
+def _of_samples(a: NDArray[np.float64], b: NDArray[np.float64], *names: object) -> dict[str, Any]:
+    """Return the difference of two means of different trials; the interval is that of two independent ones."""
+    first = bootstrap(a, list(range(len(a))), "claim", 0, *map(str, names))
+    second = bootstrap(b, list(range(len(b))), "claim", 1, *map(str, names))
+    return _independent(first, second, len(a))
+
+
+def _of_intervals(a: pd.Series[Any], b: pd.Series[Any]) -> dict[str, Any]:
+    """Return the difference of two fitted values as if they were independent: wider than it is for common trials."""
+    ends = [tuple(float(row[key]) for key in ("value", "low", "high")) for row in (a, b)]
+    return _independent(ends[0], ends[1], int(a["n"]))
+
+
+def _independent(a: Sequence[float], b: Sequence[float], n: int) -> dict[str, Any]:
+    below = float(np.hypot(a[0] - a[1], b[2] - b[0]))
+    above = float(np.hypot(a[2] - a[0], b[0] - b[1]))
+    difference = a[0] - b[0]
+    return {
+        "a": a[0],
+        "b": b[0],
+        "difference": difference,
+        "low": difference - below,
+        "high": difference + above,
+        "n": n,
+    }
+
+
+def _setting(part: pd.DataFrame) -> str:
+    row = part.iloc[0]
+    defense = "" if row["defense_label"] == "none" else f" vs {row['defense_label']}"
+    return f"{row['task']}{defense}"
