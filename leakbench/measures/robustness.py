@@ -139,7 +139,13 @@ def gdp_delta(mu: float, epsilon: float) -> float:
 
 
 def gdp_epsilon(mu: float, delta: float) -> float:
-    """Return the least epsilon, at least 0, of mu-GDP at delta."""
+    """Return the least epsilon, at least 0, of mu-GDP at delta.
+
+    Raises:
+        UserError: ``delta`` is 0, where there is none, or no probability.
+    """
+    if not 0 < delta < 1:
+        raise UserError(f"delta: expected a probability in (0, 1), got {delta}; write delta=1e-5")
     if gdp_delta(mu, 0.0) <= delta:
         return 0.0
     most = mu * mu / 2 + mu * float(-ndtri(delta))  # there the first term of delta alone is that small

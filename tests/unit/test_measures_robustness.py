@@ -104,6 +104,8 @@ def test_delta_is_the_integral_of_what_exceeds(mu, epsilon):
 def test_epsilon_at_both_ends():
     assert gdp_epsilon(0.0, 1e-5) == 0
     assert gdp_epsilon(1e-6, 1e-5) == 0
+    with pytest.raises(UserError, match="got 0; write delta=1e-5"):
+        gdp_epsilon(1.0, 0)
     assert gdp_delta(200.0, gdp_epsilon(200.0, 1e-5)) == pytest.approx(1e-5, rel=1e-3)
 
 
