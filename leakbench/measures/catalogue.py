@@ -29,7 +29,9 @@ class Quantity:
         unit: ``1`` for one without a unit.
         more_leaks: Whether a greater value means that more leaks; None where neither way does.
         description: Formula; J_l is the Jacobian of layer l's part of the update with respect to the private images.
-        bounds: Metric that no attack on the same task may exceed, in the mean over trials; only of a proved bound.
+        bounds: Metric that no attack on the same task may exceed in the mean over trials, or another measure's lower
+            bound; only of a proved bound.
+        target: Target of the tasks where it does; None for any.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Quantity:
     more_leaks: bool | None
     description: str
     bounds: str | None = None
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -251,4 +254,4 @@ for _spec in (
 ):
     MEASURES.register(_spec.name, _spec)
 
-from leakbench.measures import specs_fitted  # noqa: E402, F401  registers more; it needs the names above
+from leakbench.measures import specs_fitted, specs_mechanism  # noqa: E402, F401  register more; need the names above
