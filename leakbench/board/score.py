@@ -64,10 +64,10 @@ def split_cells(rows: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]
     """Return the rows of every cell, by draw and trial, with the values of `CELL_KEYS`."""
     rows = _with_checkpoint(rows)
     parts = rows.sort_values(["draw", "trial"], kind="stable").groupby(group_ids(rows, CELL_KEYS))
-    return [({key: _plain(part[key].iloc[0]) for key in CELL_KEYS}, part) for _, part in parts]
+    return [({key: plain(part[key].iloc[0]) for key in CELL_KEYS}, part) for _, part in parts]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a key as the schema has it; pandas turns whole numbers to floats where another row holds a null."""
     if pd.isna(value):
         return None
@@ -76,15 +76,29 @@ def _plain(value: Any) -> Any:
 
 
 def _with_checkpoint(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add the column ``checkpoint``, and complete it, fingerprint and lane on rows that failed before they were known.
+    """Add the column ``checkpoint``, and complete it, fingerprint and lane; see `named_weights`.
 
     A cell has no lane if any of its rows saw a model that the defense had changed.
     """
-    rows = rows.assign(checkpoint=rows["checkpoint_origin"].astype(object))
     completed = ("dataset_fingerprint", "checkpoint", "lane")
     entry = group_ids(rows, tuple(key for key in CELL_KEYS if key not in completed))
+    rows = named_weights(rows, entry)
+    defended = (rows["model_shown"] == DEFENDED).groupby(entry).transform("any")
+    rows["lane"] = rows["lane"].astype(object).mask(defended, None)
+    return rows
+
+
+def named_weights(rows: pd.DataFrame, entry: pd.Series[int]) -> pd.DataFrame:
+    """Add the column ``checkpoint``, and complete it and the fingerprint on rows that failed before they were known.
+
+    Args:
+        rows: Rows of results or of measures.
+        entry: Number of the cell that each is in.
+    """
+    rows = rows.assign(checkpoint=rows["checkpoint_origin"].astype(object))
     for _, part in rows[rows["checkpoint_origin"] == "local"].groupby(entry):
-        weights = part[["draw", "checkpoint_sha256"]].drop_duplicates().sort_values(["draw", "checkpoint_sha256"])
+        weights = part[["draw", "checkpoint_sha256"]].drop_duplicates().dropna(subset="checkpoint_sha256")
+        weights = weights.sort_values(["draw", "checkpoint_sha256"])
         if weights["draw"].is_unique:
             digest = hashlib.sha256("".join(weights["checkpoint_sha256"]).encode()).hexdigest()[:12]
             rows.loc[part.index, "checkpoint"] = f"local:{digest}"
@@ -94,8 +108,6 @@ def _with_checkpoint(rows: pd.DataFrame) -> pd.DataFrame:
         known = rows.groupby(entry)[key]
         fill = rows[key].isna() & (known.transform("nunique") == 1)
         rows[key] = rows[key].astype(object).mask(fill, known.transform("first"))
-    defended = (rows["model_shown"] == DEFENDED).groupby(entry).transform("any")
-    rows["lane"] = rows["lane"].astype(object).mask(defended, None)
     return rows
 
 

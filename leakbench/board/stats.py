@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,23 @@ def bootstrap(values: NDArray[np.float64], clusters: Sequence[Hashable], *names:
         means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(mean, float(low), float(high))
+
+
+def resamples(count: int, *names: object) -> Iterator[NDArray[np.float64]]:
+    """Yield how often each cluster is drawn in a resample, (R, count) with R adding up to `RESAMPLES`.
+
+    Those of the same names are the draws of `bootstrap`; here many numbers share them.
+
+    Args:
+        count: Clusters.
+        names: What they belong to; they seed the resampling.
+    """
+    rng = np.random.default_rng(seed(PUBLIC_KEY, "bootstrap", *names))
+    step = max(1, _CHUNK // count)
+    for start in range(0, RESAMPLES, step):
+        drawn = rng.integers(count, size=(min(step, RESAMPLES - start), count))
+        flat = (drawn + count * np.arange(len(drawn))[:, None]).ravel()
+        yield np.bincount(flat, minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
 
 
 def stratified(parts: Sequence[tuple[float, NDArray[np.float64]]], *names: object) -> Interval:
