@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 Map = Callable[[Sequence[Tensor]], Tensor]
 """Turns the tensors (t, *shape) of a layer into (t, ...) numbers, each trial's from its own alone."""
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 128 * 2**20
 """Updates held at a time; per-example work inside a client takes a few times as much."""
 MODULI = 5000
 """Most numbers that `moduli` keeps of a tensor before it takes margins (Melis et al.)."""
@@ -26,8 +26,9 @@ LARGEST = 1e15  # the squares of ten million numbers that are clipped to it stil
 def sketch(dims: int) -> Map:
     """Return a random projection to ``dims`` numbers that keeps inner products up to about 1 / sqrt(dims).
 
-    Coordinates are shuffled, get random signs and are summed in groups of equal size: a count sketch with balanced
-    buckets, which takes one pass where a dense projection would take ``dims``. Up to ``dims`` numbers stay as they are.
+    A count sketch: coordinates get random signs, then blocks of ``dims`` are turned by random offsets and added up.
+    That takes one pass in memory order, where a dense projection would take ``dims`` and a shuffle jumps about. Up to
+    ``dims`` numbers stay as they are.
     """
 
     def project(tensors: Sequence[Tensor]) -> Tensor:
@@ -36,11 +37,14 @@ def sketch(dims: int) -> Map:
         if size <= dims:
             return flat
         stream = torch.Generator().manual_seed(size)
-        order = torch.randperm(size, generator=stream).to(flat.device)
-        signs = (2 * torch.randint(2, (size,), generator=stream) - 1).to(flat)
-        group = ceil(size / dims)
-        mixed = torch.nn.functional.pad((flat * signs)[:, order], (0, group * dims - size))
-        return mixed.view(-1, dims, group).sum(2)
+        flat = flat * (2 * torch.randint(2, (size,), generator=stream) - 1).to(flat)
+        total = flat.new_zeros(len(flat), dims)
+        for start, offset in enumerate(torch.randint(dims, (ceil(size / dims),), generator=stream).tolist()):
+            block = flat[:, start * dims : (start + 1) * dims]
+            fits = min(dims - offset, block.shape[1])
+            total[:, offset : offset + fits] += block[:, :fits]
+            total[:, : block.shape[1] - fits] += block[:, fits:]
+        return total
 
     return project
 

@@ -107,6 +107,11 @@ def test_sketch_keeps_inner_products_and_small_layers_whole():
     assert errors.abs().max() < 4 * np.sqrt(2 / 2048)
     assert errors.abs().max() > 0
     torch.testing.assert_close(sketch(7000)([a]), a.flatten(1))
+    for size in (17, 32, 50):
+        units = sketch(16)([torch.eye(size)])
+        assert bool(((units.abs() == 1).sum(1) == 1).all())
+        assert units.abs().sum() == size
+        assert bool((units.abs().sum(0) >= size // 16).all())
 
 
 def test_coordinates_keep_inner_products_of_all_rows():

@@ -136,7 +136,7 @@ def test_calibration_ignores_scores_that_say_nothing_and_repairs_overconfident_o
 
 
 def channel(gains, noise, rows=1500, seed=0):
-    """Updates A x + noise of white images x, A with these singular values into 10 numbers: few, as each costs 1 / (2 fit) nats."""
+    """Updates A x + noise of white images x, A with these singular values into 10 numbers, each a parameter to fit."""
     rng = np.random.default_rng(seed)
     dims = len(gains)
     left = np.linalg.qr(rng.standard_normal((10, dims)))[0]
@@ -156,7 +156,7 @@ def test_inverters_get_the_closed_form_of_a_linear_gaussian_channel():
     found = {name: mean_with_interval(bits, name) for name, (bits, _) in invert(images, updates).items()}
     shannon = 0.5 * np.log2(1 + (gains / noise) ** 2).mean()
     assert found["ridge"].low <= shannon <= found["ridge"].high
-    assert found["ridge"].high - found["ridge"].low < 0.06
+    assert found["ridge"].high - found["ridge"].low < 0.08
     assert found["mlp"].mean == pytest.approx(shannon, abs=0.15)
 
 
