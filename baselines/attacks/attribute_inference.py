@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from leakbench_baselines.attacks.property_inference import attribute_picks, fitted_scores, simulated
+from leakbench_baselines.attacks.property_inference import attribute_picks, changed, fitted_scores, simulated
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -66,7 +66,7 @@ class AttributeInference(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Fit the classifier to the simulated updates, one per model, and ask it about each trial's."""
-        features = self._hashed(observation.difference(observation.update))
+        features = self._hashed(changed(observation, observation.update))
         return Recovery(scores=fitted_scores(self._classifier, observation.prepared, features), model_evaluations=0)
 
     def _classifier(self) -> Any:

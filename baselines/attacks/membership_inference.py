@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from leakbench_baselines.attacks.property_inference import MEMORY, fitted_scores, shuffled, simulated
+from leakbench_baselines.attacks.property_inference import MEMORY, changed, fitted_scores, shuffled, simulated
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
@@ -102,7 +102,7 @@ class MembershipInference(Attack):
         parts = []
         for first in range(0, observation.trials, step):
             seen = observation.block(first, min(first + step, observation.trials))
-            parts.append(self._numbers(seen, seen.difference(seen.update), *seen.candidates))
+            parts.append(self._numbers(seen, changed(seen, seen.update), *seen.candidates))
         features, prepared = torch.cat(parts), observation.prepared
         if self.rule == "nasr":
             return Recovery(scores=fitted_scores(_net, prepared, features), model_evaluations=3)

@@ -67,7 +67,7 @@ class PropertyInference(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Fit the forest to the simulated updates, a forest per model, and ask it about each trial's."""
-        features = weight_features(observation.difference(observation.update))
+        features = weight_features(changed(observation, observation.update))
 
         def forest() -> RandomForestClassifier:
             return RandomForestClassifier(self.trees, min_samples_leaf=5, min_samples_split=5, random_state=0)
@@ -129,6 +129,12 @@ def shuffled(knowledge: Knowledge, pool: Tensor, count: int) -> Tensor:
     return pool[order[:, torch.arange(count, device=pool.device) % len(pool)]]
 
 
+def changed(knowledge: Knowledge, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `Knowledge.difference` in the order of the model: what was sent may come in another one."""
+    difference = knowledge.difference(update)
+    return {name: difference[name] for name in knowledge.model.parameter_names}
+
+
 def simulated(knowledge: Knowledge, picks: Tensor, reduce: Callable[[slice, dict[str, Tensor]], Tensor]) -> Tensor:
     """Return what ``reduce`` keeps of every simulated update, (M, s, F).
 
@@ -155,7 +161,7 @@ def simulated(knowledge: Knowledge, picks: Tensor, reduce: Callable[[slice, dict
         rows = picks[:, first : first + step].flatten(0, 1)
         change: dict[str, Tensor] = {}
         for k in range(clients):
-            sent = knowledge.difference(knowledge.simulate(inputs[rows[:, k]], labels[rows[:, k]]))
+            sent = changed(knowledge, knowledge.simulate(inputs[rows[:, k]], labels[rows[:, k]]))
             for name, value in sent.items():
                 share = float(weights[k]) * value.detach()
                 change[name] = change[name] + share if name in change else share
