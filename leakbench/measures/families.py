@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from leakbench.measures.features import Floats, coordinates, kernel
+from leakbench.measures.features import Floats, coordinates, kernel, standardised
 from leakbench.measures.nets import ConvOnGradients, mlp, trained
 
 AXES = 128
@@ -95,8 +95,12 @@ def perceptron(view: View) -> Floats:
 
 
 def conv(view: View) -> Floats:
-    """Convolution over the outputs of each layer's weight gradient (Nasr et al.), stopped by the calibration rows."""
-    inputs = [torch.from_numpy(own) for own in view.matrices]
+    """Convolution over the outputs of each layer's weight gradient (Nasr et al.), stopped by the calibration rows.
+
+    Its kernels read each number and its size: a few hundred examples do not teach them that signs follow the labels.
+    """
+    both = [np.concatenate([own, np.abs(own)], axis=2) for own in view.matrices]
+    inputs = [torch.from_numpy(standardised(own, view.fit)).float() for own in both]
     return _log_odds(view, lambda: ConvOnGradients([(own.shape[1], own.shape[2]) for own in inputs]), inputs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import ceil, isqrt
+from math import ceil
 
 import numpy as np
 import torch
@@ -81,19 +81,18 @@ def moduli(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def matrix(dims: int) -> Map:
-    """Return the map to the layer's (outputs, inputs) matrix with the bias as a column, both axes sketched to ``dims``.
+    """Return the map to the layer's (outputs, inputs) matrix with the bias as a column, over its root mean square.
 
-    Each trial's is divided by its root mean square.
+    Outputs are sketched to ``dims``, and inputs so far that ``dims`` squared numbers remain.
     """
-    project = sketch(dims)
 
     def shrink(tensors: Sequence[Tensor]) -> Tensor:
         rows = tensors[0].shape[1]
         alike = [tensor for tensor in tensors if tensor.shape[1] == rows]
         wide = torch.cat([tensor.flatten(2) if tensor.dim() > 2 else tensor[:, :, None] for tensor in alike], 2)
         count = len(wide)
-        wide = project([wide.flatten(0, 1)]).view(count, rows, -1).transpose(1, 2)
-        small = project([wide.flatten(0, 1)]).view(count, wide.shape[1], -1).transpose(1, 2)
+        wide = sketch(dims**2 // min(rows, dims))([wide.flatten(0, 1)]).view(count, rows, -1).transpose(1, 2)
+        small = sketch(dims)([wide.flatten(0, 1)]).view(count, wide.shape[1], -1).transpose(1, 2)
         scale = small.flatten(1).square().mean(1).sqrt().clamp_min(torch.finfo(small.dtype).tiny)
         return small / scale[:, None, None]
 
@@ -144,19 +143,21 @@ def observe(
 
 
 def kernel(features: NDArray[np.float32] | Floats, fit: int) -> Floats:
-    """Return inner products (n, n) of features, each standardised by its first ``fit`` rows; a row's square is about 1.
+    """Return inner products (n, n) of features standardised by their first ``fit`` rows; a row's square is about 1."""
+    flat = standardised(features.reshape(len(features), -1), fit)
+    varying = int(flat[:fit].any(axis=0).sum())
+    return np.asarray(flat @ flat.T / max(varying, 1))
 
-    A feature that does not vary among these rows is left out.
-    """
-    flat = features.reshape(len(features), -1).astype(np.float64)
+
+def standardised(features: NDArray[np.float32] | Floats, fit: int) -> Floats:
+    """Return features less the mean of their first ``fit`` rows, over these rows' deviation; 0 what does not vary."""
+    flat = features.astype(np.float64)
     scale = flat[:fit].std(axis=0)
-    kept = scale > 1e-6 * np.abs(flat[:fit]).max(axis=0, initial=0.0)
-    if not kept.any():
-        return np.zeros((len(flat), len(flat)))
-    flat = (flat[:, kept] - flat[:fit, kept].mean(axis=0)) / scale[kept]
-    # What was nearly constant when fitting may be anything later; a linear rule must not explode on it.
-    flat = np.clip(flat, -isqrt(max(fit, 100)), isqrt(max(fit, 100)))
-    return np.asarray(flat @ flat.T / flat.shape[1])
+    varies = scale > 1e-6 * np.abs(flat[:fit]).max(axis=0, initial=0.0)
+    flat = (flat - flat[:fit].mean(axis=0)) * (varies / np.where(varies, scale, 1.0))
+    # What was nearly constant when fitting may be anything later; a rule must not explode on it.
+    most = max(fit, 100) ** 0.5
+    return np.asarray(flat.clip(-most, most))
 
 
 def coordinates(products: Floats, fit: int, most: int | None = None) -> Floats:

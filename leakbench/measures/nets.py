@@ -23,7 +23,7 @@ class ConvOnGradients(nn.Module):
     """One kernel set per layer, as wide as the layer's matrix and sliding over its output units; then an MLP.
 
     After Nasr et al.: 100 kernels of size (1, fan-in) on a fully connected layer's gradient. Here it is 32 kernels on
-    matrices of at most 64 x 64, and 64 hidden units, in proportion to a few hundred examples.
+    matrices of at most 4,096 numbers, and 64 hidden units, in proportion to a few hundred examples.
 
     Args:
         shapes: (outputs, inputs) of each layer's matrix.

@@ -10,7 +10,7 @@ _RUNGS = {
     "logistic": "logistic regression on a 2,048-number sketch of g_l's direction and its log norm; L2 by 5-fold CV",
     "forest": "random forest on |g_l| / ||g_l||, greatest over kernel positions; 100 trees, leaf 5, split 5",
     "mlp": "MLP 256-64 on 128 principal coordinates of sketch and |g_l|",
-    "conv": "32 kernels over the outputs of the weight gradient, at most 64 x 64 after sketching, then 64 units",
+    "conv": "32 kernels over the outputs of the weight gradient, sketched to at most 4,096 numbers, then 64 units",
 }
 
 for _spec in (

@@ -16,7 +16,7 @@ from leakbench.measures.fitted import both_sides, interval_profile, mean_with_in
 from leakbench.measures.subject import ALL, Profile, Subject
 
 SKETCH, SIDE = 2048, 64
-"""Numbers of a layer's sketch; rows and columns of its sketched matrix."""
+"""Numbers of a layer's sketch; outputs of its sketched matrix, and the root of its numbers."""
 
 
 @dataclass(frozen=True)
