@@ -171,29 +171,42 @@ def measure(suite: str, shard: str | None, as_json: bool, **options: Any) -> int
 @click.option("--quick", is_flag=True, help="Only the cells, and as many trials, as the reference file calls quick.")
 @_run_options
 def reproduce(paper: str, quick: bool, as_json: bool, **options: Any) -> int:
-    """Run the suite of PAPER (breaking_sa, dlm, ilrg, llg) and print its figures beside ours.
+    """Run the suite of PAPER (breaking_sa, dlm, ilrg, llg, localization) and print its figures or claims beside ours.
 
     Also writes the table to the directory of the rows. Running the same command again resumes it, and rows of
-    `leakbench run PAPER` in that directory count.
+    `leakbench run PAPER` (and `leakbench measure PAPER`) in that directory count.
     """
     from leakbench import reproduce as reproduction
-    from leakbench.board.reproduction import print_table, to_json
+    from leakbench.board.reproduction import print_claims, print_table, to_json
 
     references = reproduction.load_references(paper)
     out: Path = options.pop("out") or Path("runs") / (f"{paper}-quick" if quick else paper)
     if quick:
         options |= {"trials": references.quick_trials, "keep_cell": lambda c: reproduction.is_quick(c, references)}
-    report = _run(paper, out=out, **options)
-    if report is None:
-        return INTERRUPTED
-    table, paths = reproduction.tabulate(out, references, whole=not quick)
-    if as_json:
-        click.echo(to_json(table).rstrip("\n"))
+    reports = []
+    for measuring in (False, True) if references.claims else (False,):
+        report = _run(paper, out=out, measuring=measuring, **options)
+        if report is None:
+            return INTERRUPTED
+        reports.append(report)
+    if references.claims:
+        found = reproduction.judge(out, references)
+        paths = found.paths
+        text = found.paths[1].read_text(encoding="utf-8")
     else:
-        print_table(table, references)
-        click.echo(report.text())
+        table, paths = reproduction.tabulate(out, references, whole=not quick)
+        text = to_json(table)
+    if as_json:
+        click.echo(text.rstrip("\n"))
+    else:
+        if references.claims:
+            print_claims(found.summary, found.table)
+        else:
+            print_table(table, references)
+        for report in reports:
+            click.echo(report.text())
         click.echo(f"table: {', '.join(map(str, paths))}")
-    return 1 if report.failed else 0
+    return 1 if any(report.failed for report in reports) else 0
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------
@@ -306,12 +319,32 @@ def status(out: Path, as_json: bool) -> None:
 @click.option("--markdown", "form", flag_value="markdown", help="Tables as Markdown.")
 @click.option("--csv", "form", flag_value="csv", help="Every column of every cell as CSV.")
 @click.option("--lanes", "only_lanes", is_flag=True, help="Only the lanes: each attack's mean over their tasks.")
-def board(out: tuple[Path, ...], form: str | None, only_lanes: bool) -> None:
-    """Print the board of the rows in OUT, or in several of them: lanes, then each cell's mean, interval and chance."""
+@click.option("--measures", is_flag=True, help="What was measured without or beside attacks, layer by layer.")
+@click.option("--table", metavar="T", help="Of measures: lower_bound, proxy, proved_bound, correlations or missing.")
+@click.option(
+    "--profile",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Draw the measures along the layers, as SVG or PNG. [default: OUT/profile.svg]",
+)
+def board(
+    out: tuple[Path, ...], form: str | None, only_lanes: bool, measures: bool, table: str | None, profile: str | None
+) -> int:
+    """Print the board of the rows in OUT, or in several of them: lanes, then each cell's mean, interval and chance.
+
+    With --measures, what `leakbench measure` found: lower bounds, proxies and proved bounds in tables of their own, and
+    whether proxies tell how well attacks do. Exits with 1 where an attack exceeds a proved bound.
+    """
+    if measures or table is not None or profile is not None:
+        if only_lanes:
+            raise UserError("--lanes: expected the board of attacks, got measures too; leave one out")
+        return _board_measures(out, form, table, profile)
     from leakbench.board import render
     from leakbench.board.lanes import lanes
     from leakbench.board.score import cells
-    from leakbench.results import load_rows
+    from leakbench.measures.consistency import violations
+    from leakbench.results import holds_measures, load_measures, load_rows
 
     rows = load_rows(out)
     board, ranked = cells(rows.iloc[:0] if only_lanes else rows), lanes(rows)
@@ -322,6 +355,37 @@ def board(out: tuple[Path, ...], form: str | None, only_lanes: bool) -> None:
     else:
         text = {"json": render.to_json, "markdown": render.markdown}[form](board, ranked)
         click.echo(text.rstrip("\n"))
+    measured = [folder for folder in out if holds_measures(folder)]
+    return _exceeded(violations(rows, load_measures(measured))) if measured else 0
+
+
+def _board_measures(out: tuple[Path, ...], form: str | None, only: str | None, profile: str | None) -> int:
+    from leakbench.board import measure_text, view
+
+    if only is not None and only not in measure_text.TABLES:
+        raise unknown("table", only, measure_text.TABLES)
+    to = None if profile is None else Path(profile or out[0] / "profile.svg")
+    if to is not None and to.suffix.lower() not in view.PICTURES:
+        raise UserError(f"--profile {to}: expected a .svg or .png file; write --profile profile.svg after OUT")
+    found = view.read(out, only, layers=form in ("json", "csv"))
+    if form is None:
+        measure_text.terminal(found.tables)
+    else:
+        write = {"json": measure_text.to_json, "markdown": measure_text.markdown, "csv": measure_text.to_csv}[form]
+        click.echo(write(found.tables).rstrip("\n"))
+    if to is not None:
+        view.write_profile(found.kinds, to)
+        click.echo(to, err=form is not None)
+    return _exceeded(found.violations)
+
+
+def _exceeded(violations: Sequence[object]) -> int:
+    """Say on stderr which proved bounds are exceeded; return the exit status."""
+    for violation in violations:
+        click.secho(f"proved bound exceeded: {violation}", fg="red", bold=True, err=True)
+    if violations:
+        click.echo("the proof, the defense's declaration or leakbench is wrong: please report it", err=True)
+    return 1 if violations else 0
 
 
 @cli.command()

@@ -7,7 +7,9 @@ the same, with an empty reference.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,15 +18,18 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from leakbench.board.reproduction import NO_FIGURE, to_json, to_markdown
+from leakbench.board.claims import Claim, summary, verdicts
+from leakbench.board.reproduction import NO_FIGURE, claims_markdown, to_json, to_markdown
 from leakbench.board.stats import bootstrap
 from leakbench.errors import UserError, unknown
 from leakbench.grids import Cell
 from leakbench.lock import tasks_folder
+from leakbench.measures.catalogue import MEASURES
+from leakbench.measures.rows import MEASURE_FIELDS
 from leakbench.metrics import METRICS, headline
 from leakbench.parts import Part
-from leakbench.results import load_rows
-from leakbench.runner.session import planned_jobs
+from leakbench.results import MEASURES_FOLDER, load_measures, load_rows
+from leakbench.runner.session import PLAN_FILE, planned_jobs
 from leakbench.schema import ROW_FIELDS, task_columns
 from leakbench.stage import stage_order
 from leakbench.suites import read_yaml
@@ -87,14 +92,16 @@ class References(Part):
     """How the figures came here."""
     quick: list[Where]
     """What ``--quick`` keeps: cells that agree with any of these."""
-    quick_trials: Annotated[int, Field(ge=1)]
-    """Trials per cell with ``--quick``."""
+    quick_trials: Annotated[int, Field(ge=1)] | None = None
+    """Trials per cell with ``--quick``; as the suite has it where None."""
     common: Where = Field(default_factory=dict)
     """Columns that all figures share."""
     metrics: list[str] = Field(default_factory=list)
     """Metrics of the cells without a figure; the target's headline where empty."""
     figures: list[Figure] = Field(default_factory=list)
     """The figures."""
+    claims: list[Claim] = Field(default_factory=list)
+    """Statements of the work that are tested against measures."""
 
 
 def reference_paths() -> dict[str, Path]:
@@ -120,20 +127,30 @@ def load_references(name: str) -> References:
         raise UserError(
             f"{path}: {where}: {detail['msg']}, got {str(detail['input'])[:60]!r}; correct the file"
         ) from None
-    columns = {field.name for field in ROW_FIELDS}
-    conditions = (references.common, *references.quick, *(figure.where for figure in references.figures))
+    columns = {field.name for field in (*ROW_FIELDS, *MEASURE_FIELDS)}
+    conditions = (
+        references.common,
+        *references.quick,
+        *(figure.where for figure in references.figures),
+        *(claim.where for claim in references.claims),
+    )
     for key in (key for condition in conditions for key in condition):
         if key not in columns:
             raise UserError(f"{path}: {unknown('row column', key, columns)}")
     for metric in (*references.metrics, *(metric for figure in references.figures for metric in figure.values)):
         if metric not in METRICS:
             raise UserError(f"{path}: {unknown('metric', metric, METRICS)}")
+    told = {quantity.name for name in MEASURES for quantity in MEASURES.get(name).quantities} | set(METRICS)
+    for quantity in (quantity for claim in references.claims for quantity in claim.quantities):
+        if quantity not in told:
+            raise UserError(f"{path}: {unknown('quantity', quantity, told)}")
     return references
 
 
 def is_quick(cell: Cell, references: References) -> bool:
     """Whether ``--quick`` keeps the cell."""
-    row = {**task_columns(cell.task), "attack": cell.attack.name, "defense": "+".join(d.name for d in cell.defense)}
+    kind = cell.attack.description.kind  # attack or measure
+    row = {**task_columns(cell.task), kind: cell.attack.name, "defense": "+".join(d.name for d in cell.defense)}
     return any(all(row.get(key) == value for key, value in where.items()) for where in references.quick)
 
 
@@ -253,6 +270,43 @@ def tabulate(out: Path, references: References, *, whole: bool = True) -> tuple[
     return table, write_table(table, references, out)
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """What became of a work's claims.
+
+    Args:
+        summary: See `leakbench.board.claims.summary`.
+        table: See `leakbench.board.claims.verdicts`.
+        paths: The files they were written to.
+    """
+
+    summary: pd.DataFrame
+    table: pd.DataFrame
+    paths: list[Path]
+
+
+def judge(out: Path, references: References) -> Verdicts:
+    """Test the claims on the rows of the last run and the last measures in a directory, and write the tables there.
+
+    Raises:
+        UserError: Nothing was measured, or the files cannot be written.
+    """
+    measured = load_measures(out)
+    measured = measured[measured["job_id"].isin(planned_jobs(out / MEASURES_FOLDER))]
+    rows = load_rows(out) if (out / PLAN_FILE).is_file() else pd.DataFrame()
+    if len(rows):
+        rows = rows[rows["job_id"].isin(planned_jobs(out))]
+    table = verdicts(references.claims, measured, rows)
+    short = summary(references.claims, table)
+    both = {"claims": json.loads(to_json(short)), "comparisons": json.loads(to_json(table))}
+    texts = {
+        "csv": table.to_csv(index=False),
+        "json": json.dumps(both, indent=2) + "\n",
+        "md": claims_markdown(short, table, references),
+    }
+    return Verdicts(short, table, _write(texts, out, "claims"))
+
+
 def write_table(table: pd.DataFrame, references: References, out: Path) -> list[Path]:
     """Write the table beside the rows, as CSV, JSON and Markdown.
 
@@ -263,10 +317,14 @@ def write_table(table: pd.DataFrame, references: References, out: Path) -> list[
         UserError: They cannot be written.
     """
     texts = {"csv": table.to_csv(index=False), "json": to_json(table), "md": to_markdown(table, references)}
+    return _write(texts, out, "reproduction")
+
+
+def _write(texts: Mapping[str, str], out: Path, stem: str) -> list[Path]:
     paths = []
     try:
         for suffix, text in texts.items():
-            paths.append(out / f"reproduction.{suffix}")
+            paths.append(out / f"{stem}.{suffix}")
             paths[-1].write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: the table cannot be written ({error.strerror}); use another --out") from None

@@ -55,15 +55,15 @@ class Claim(Part):
     source: str
     """Where it was read."""
     quantities: Annotated[list[str], Field(min_length=1)]
-    """Quantities of measures, or metrics of attacks with ``withheld``; each gives comparisons of its own."""
+    """Quantities of measures; with ``withheld`` also metrics of attacks. Each gives comparisons of its own."""
     where: Where = Field(default_factory=dict)
     """Rows that it is about, by column."""
-    layers: tuple[Group, Group] | None = None
+    layers: Annotated[list[Group], Field(min_length=2, max_length=2)] | None = None
     """Two groups of layers of one update: the layer that holds most of the first against that of the second."""
     axis: str | None = None
     """A column: the smallest value, where the claim says most leaks, against every greater one."""
-    withheld: str | None = None
-    """Start of a defense's label: the best attack without a defense against the best one with it."""
+    withheld: Annotated[list[str], Field(min_length=1)] | None = None
+    """Labels of defenses: without a defense against each of them; of attacks, the best one each time."""
 
 
 def verdicts(claims: Sequence[Claim], measured: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -107,21 +107,21 @@ def summary(claims: Sequence[Claim], table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _comparisons(claim: Claim, measured: pd.DataFrame, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    find: Callable[[str, pd.DataFrame], Iterator[dict[str, Any]]]
-    source = measured
-    if claim.layers is not None:
-        find = partial(_within, claim.layers)
-    elif claim.axis is not None:
-        find = partial(_along, claim.axis)
-    else:
-        find, source = partial(_protected, claim.withheld or ""), rows
-    ok = source[source["status"] == "ok"] if len(source) else source
-    for column, value in claim.where.items():
-        ok = ok[ok[column].isna() if value is None else ok[column] == value] if len(ok) else ok
-    if not len(ok):
-        return
     for quantity in claim.quantities:
-        for line in find(quantity, ok):
+        find: Callable[[str, pd.DataFrame], Iterator[dict[str, Any]]]
+        source = measured
+        if claim.layers is not None:
+            find = partial(_within, claim.layers)
+        elif claim.axis is not None:
+            find = partial(_along, claim.axis)
+        elif quantity in METRICS:
+            find, source = partial(_attacked, claim.withheld or ()), rows
+        else:
+            find = partial(_residual, claim.withheld or ())
+        ok = source[source["status"] == "ok"] if len(source) else source
+        for column, value in claim.where.items():
+            ok = ok[ok[column].isna() if value is None else ok[column] == value] if len(ok) else ok
+        for line in find(quantity, ok) if len(ok) else ():
             yield {"claim": claim.name, "quantity": quantity, **line, "verdict": _verdict(line["low"], line["high"])}
 
 
@@ -134,7 +134,7 @@ def _verdict(low: float, high: float) -> str:
 _MEASURED = ("task", "task_hash", "defense_label", "measure", "measure_params", "quantity")
 
 
-def _within(layers: tuple[Group, Group], quantity: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _within(layers: Sequence[Group], quantity: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
     rows = rows[(rows["quantity"] == quantity) & (rows["layer"] != ALL)]
     for keys, part in rows.groupby(list(_MEASURED), sort=True):
         groups = [part[_in_group(part, group)] for group in layers]
@@ -190,15 +190,32 @@ def _along(axis: str, quantity: str, rows: pd.DataFrame) -> Iterator[dict[str, A
             yield {"setting": setting, "more": line.pop("a"), "less": line.pop("b"), **line, "note": ""}
 
 
-# --- attacks under protection -----------------------------------------------------------------------------------------
+# --- protection -------------------------------------------------------------------------------------------------------
 
 
-def _protected(withheld: str, metric: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _residual(withheld: Sequence[str], quantity: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    rows = rows[(rows["quantity"] == quantity) & (rows["layer"] == ALL)]
+    for _, part in rows.groupby(["task_hash", "measure_params"], sort=True):
+        before = part[part["defense_label"] == "none"]
+        for label in withheld if len(before) else ():
+            after = part[part["defense_label"] == label]
+            if not len(after):
+                continue
+            if before["trial"].isna().all():
+                line = _of_intervals(before.iloc[0], after.iloc[0])
+            else:
+                pair = [each.set_index("trial")["value"] for each in (before, after)]
+                line = _of_pairs(*pair, part["task_hash"].iloc[0], quantity, label)
+            setting = f"{part['task'].iloc[0]}: none against {label}"
+            yield {"setting": setting, "more": line.pop("a"), "less": line.pop("b"), **line, "note": ""}
+
+
+def _attacked(withheld: Sequence[str], metric: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
     rows = rows[rows[metric].notna()]
     sign = 1 if METRICS[metric].higher_is_better else -1
     for _, part in rows.groupby("task_hash", sort=True):
         undefended = part[part["defense_label"] == "none"]
-        protected = part[part["defense_label"].str.startswith(withheld)]
+        protected = part[part["defense_label"].isin(list(withheld))]
         if not len(undefended):
             continue
         before = _strongest(undefended, metric, sign)

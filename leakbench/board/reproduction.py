@@ -64,6 +64,44 @@ def shown(table: pd.DataFrame) -> list[dict[str, str]]:
     return result
 
 
+def claims_markdown(summary: pd.DataFrame, table: pd.DataFrame, references: References) -> str:
+    """Return the verdicts on a work's claims as Markdown, the comparisons behind them below."""
+    parts = [references.paper, "", references.provenance, ""]
+    for frame in (summary, table):
+        texts = [[_cell(value) for value in line] for line in frame.itertuples(index=False)]
+        parts += [*markdown_lines([list(frame.columns), ["---"] * len(frame.columns), *texts]), ""]
+    return "\n".join(parts)
+
+
+def _cell(value: Any) -> str:
+    return "" if pd.isna(value) else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def print_claims(summary: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Print the verdict on every claim to the terminal, and the comparisons that are behind it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    colors = {"agrees": "green", "differs": "red"}
+    for claim in summary.to_dict(orient="records"):
+        console.print(
+            Text(f"{claim['claim']}: ", style="bold").append(
+                claim["verdict"], style=colors.get(claim["verdict"], "yellow")
+            ),
+            Text(f"  {claim['agree']} comparisons agree, {claim['differ']} differ, {claim['undecided']} are undecided"),
+            sep="\n",
+        )
+        for line in table[table["claim"] == claim["claim"]].to_dict(orient="records"):
+            numbers = f"{line['more']:9.3g} against {line['less']:9.3g}, {line['difference']:+9.3g} "
+            numbers += f"[{line['low']:+.3g}, {line['high']:+.3g}] n={line['n']}"
+            note = f"  ({line['note']})" if line["note"] else ""
+            text = Text(f"  {line['quantity']:<24.24} {numbers} ").append(
+                line["verdict"], style=colors.get(line["verdict"], "")
+            )
+            console.print(text.append(f"  {line['setting']}{note}", style="dim"), soft_wrap=True)
+
+
 _SHORT = {"class_accuracy": "LeAcc", "count_accuracy": "LnAcc", "irec": "IRec", "instance_recall": "ASR"}
 """What papers call the metrics."""
 
