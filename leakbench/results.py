@@ -47,10 +47,13 @@ __all__ = [
     "arrow_schema",
     "blank_row",
     "completed_jobs",
+    "holds_measures",
+    "holds_rows",
     "is_complete",
     "job_path",
     "load_measures",
     "load_rows",
+    "no_rows",
     "prepare_out",
     "read_job_status",
     "schema_markdown",
@@ -255,6 +258,22 @@ def load_rows(out: Path | Iterable[Path]) -> pd.DataFrame:
         UserError: A directory is missing, holds rows of another schema version, or no rows at all.
     """
     return _latest(read_files([out] if isinstance(out, Path) else list(out), "run"), _SAME_TRIAL)
+
+
+def holds_rows(out: Path) -> bool:
+    """Whether there are rows of attacks under an output directory."""
+    return next(_job_files(out), None) is not None
+
+
+def holds_measures(out: Path) -> bool:
+    """Whether there are rows of measures under an output directory."""
+    return holds_rows(out / MEASURES_FOLDER)
+
+
+def no_rows() -> pd.DataFrame:
+    """Return rows of attacks, of which there are none."""
+    rows: pd.DataFrame = arrow_schema().empty_table().to_pandas()
+    return rows
 
 
 def load_measures(out: Path | Iterable[Path]) -> pd.DataFrame:
