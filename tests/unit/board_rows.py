@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 
 from leakbench.board.columns import entry_label, entry_parameters
-from leakbench.metrics import METRICS
+from leakbench.metrics import METRICS, headline
 from leakbench.results import ROW_FIELDS, blank_row, task_columns
 from leakbench.tasks import Architecture, Task
 
@@ -19,7 +19,7 @@ DEFAULTS = {pa.string(): "", pa.int64(): 1, pa.float64(): 0.0, pa.bool_(): False
 
 def make(values, attack="llg", *, task=LABELS, reference=0.2, statuses=None, **changes):
     """Rows of one attack: the ranking metric per trial; None where the trial failed."""
-    metric = "instance_recall" if task.target == "labels" else "psnr"
+    metric = headline(task.target).name
     base = {f.name: DEFAULTS.get(f.type, datetime(2026, 1, 1, tzinfo=UTC)) for f in ROW_FIELDS if not f.nullable}
     base |= blank_row() | task_columns(task)
     base |= {"season": "2026", "dataset_fingerprint": "f", "checkpoint_origin": "init", "isolation": "process"}
