@@ -8,7 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from leakbench.errors import NotApplicable
 from leakbench.measures.subject import ALL, Subject
+from leakbench.models.build import first_line
 from leakbench.models.taps import layer_outputs
 from leakbench.randomness import TrialRandom
 
@@ -70,8 +72,8 @@ class Jacobian:
         if not self._moving:
             return None
         with torch.enable_grad():
-            (pulled,) = torch.autograd.grad(
-                list(self._moving.values()), self.images, list(self._cotangents.values()), create_graph=True
+            (pulled,) = _differentiated(
+                list(self._moving.values()), [self.images], list(self._cotangents.values()), create_graph=True
             )
         return pulled if pulled.requires_grad else None
 
@@ -105,9 +107,7 @@ class Jacobian:
                     weights.append(piece.reshape(self._moving[name].shape).to(self.images.dtype))
         if not outputs:
             return torch.zeros_like(self.images, requires_grad=False)
-        (found,) = torch.autograd.grad(
-            outputs, self.images, weights, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        (found,) = _differentiated(outputs, [self.images], weights)
         return found.detach()
 
     def gram(self, directions: Tensor, layer: str = ALL) -> Tensor:
@@ -119,16 +119,34 @@ class Jacobian:
         moving = [name for name in names if name in self._moving]
         found: dict[str, Tensor] = {}
         if self._pulled is not None and moving:
-            tensors = torch.autograd.grad(
-                self._pulled,
-                [self._cotangents[name] for name in moving],
-                directions.to(self.images.dtype).reshape(self.images.shape),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            along = directions.to(self.images.dtype).reshape(self.images.shape)
+            tensors = _differentiated([self._pulled], [self._cotangents[name] for name in moving], [along])
             found = {name: value.detach() for name, value in zip(moving, tensors, strict=True)}
         return {name: found[name] if name in found else torch.zeros_like(self._update[name]).detach() for name in names}
+
+
+def _differentiated(
+    outputs: list[Tensor], inputs: list[Tensor], weights: list[Tensor], *, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Return derivatives of weighted outputs, zeros where there is no way from an input; the graph is kept.
+
+    Raises:
+        NotApplicable: The net holds an operation without a second derivative.
+    """
+    try:
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            weights,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise NotApplicable(f"the update cannot be differentiated: {first_line(error)}; try another net") from error
 
 
 def linearised(subject: Subject, at_most: int | None = None) -> Iterator[Jacobian]:
@@ -161,6 +179,7 @@ def by_trial(
     for jacobian in linearised(subject, at_most):
         parts.append(compute(jacobian))
         done += jacobian.trials
+        del jacobian  # and its graphs, before the next are made
         subject.progress(done, subject.trials)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

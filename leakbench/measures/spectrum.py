@@ -59,10 +59,10 @@ def spectrum(
         prior: Standard deviation of a pixel before anything is seen, in intensities.
         noise: Standard deviation of the reference noise, in root mean squares of the whole update.
     """
-    whole = subject.images[0].numel() <= exact
-    at_most = max(1, _GRAM // subject.images[0].numel() ** 2) if whole else None
-    spectra = _exact if whole else partial(_estimated, iterations=iterations, probes=probes)
-    found = by_trial(subject, partial(_quantities, spectra=spectra, prior=prior, noise=noise), at_most)
+    size = subject.images[0].numel()
+    spectra = _exact if size <= exact else partial(_estimated, iterations=iterations, probes=probes)
+    compute = partial(_quantities, spectra=spectra, prior=prior, noise=noise)
+    found = by_trial(subject, compute, trials_of_grams(subject) if size <= exact else None)
     return {name: Profile((*subject.layers, ALL), value) for name, value in found.items()}
 
 
@@ -70,18 +70,18 @@ def _quantities(
     jacobian: Jacobian, spectra: Callable[[Jacobian], Iterator[tuple[str, Spectrum]]], prior: float, noise: float
 ) -> dict[str, Tensor]:
     every = torch.cat(list(jacobian.update.values()), 1).double()
-    signal = (prior / (noise * every.square().mean(1).sqrt())).square()[:, None]
+    signal = ratio(torch.full_like(every[:, 0], prior), noise * every.square().mean(1).sqrt()).square()[:, None]
     columns = {layer: _numbers(jacobian, layer, s, signal) for layer, s in spectra(jacobian)}
     return {name: torch.stack([columns[k][name] for k in (*jacobian.layers, ALL)], 1) for name in columns[ALL]}
 
 
 def _numbers(jacobian: Jacobian, layer: str, found: Spectrum, signal: Tensor) -> dict[str, Tensor]:
-    """Return (T,) per quantity; ``signal`` (T, 1) is the squared ratio of prior to noise, inf where nothing is sent."""
+    """Return (T,) per quantity; ``signal`` (T, 1) is the squared ratio of prior to noise, 0 where nothing is sent."""
     values, weights = found.values, found.weights
     top = values.max(1, keepdim=True).values
     share = ratio(values, (weights * values).sum(1, keepdim=True))
     entropy = -(weights * torch.special.xlogy(share, share)).sum(1)
-    known = torch.where(values > 0, signal * values, 0)
+    known = signal * values
     return {
         "spectral_norm": top[:, 0].sqrt(),
         "effective_rank": torch.where(top[:, 0] > 0, entropy.exp(), 0),
@@ -141,6 +141,13 @@ def grams(jacobian: Jacobian) -> Iterator[tuple[str, Tensor]]:
             gram = own if rows.start == 0 or gram is None else gram + own
             if rows.stop == jacobian.sizes[layer]:
                 yield layer, gram
+
+
+def trials_of_grams(subject: Subject) -> int:
+    """Return how many trials `grams` takes at once: more would only mean more blocks."""
+    size = subject.images[0].numel()
+    rows = sum(value[0].numel() for value in subject.model.parameters.values())
+    return max(1, min(_GRAM // size**2, _COLUMNS // (size * rows)))
 
 
 def _blocks(sizes: dict[str, int], rows: int) -> Iterator[list[tuple[str, slice]]]:

@@ -9,9 +9,11 @@ from leakbench_baselines.defenses.clip_l2 import ClipL2
 from leakbench_baselines.defenses.dropout import Dropout
 from leakbench_baselines.defenses.gaussian_noise import GaussianNoise
 from leakbench_baselines.defenses.topk import TopK
-from measure_subjects import C, differences, exact, net, subject
+from measure_subjects import C, Explicit, differences, exact, net, subject
+from torch.nn.functional import hardsigmoid
 
 from leakbench import Defense
+from leakbench.errors import NotApplicable
 from leakbench.federation.inputs import normalised
 from leakbench.measures.jacobian import Jacobian, linearised, trials_at_once
 from leakbench.measures.subject import ALL
@@ -126,6 +128,19 @@ def test_what_does_not_depend_on_the_images_has_a_jacobian_of_zero():
     assert not jacobian.vjp({k: torch.ones(2, size) for k, size in jacobian.sizes.items()}).any()
     whose = subject(parts=[First()])
     check(Jacobian(whose), exact(whose))
+
+
+def test_a_net_without_second_derivatives_is_refused_in_words():
+    def sent(images):
+        weight = torch.ones_like(images).requires_grad_()
+        (gradient,) = torch.autograd.grad(hardsigmoid(images * weight).sum(), weight, create_graph=True)
+        return {"gate": gradient}
+
+    jacobian = Jacobian(Explicit(sent, torch.rand(2, 5, dtype=torch.float64)))
+    with pytest.raises(NotApplicable, match="hardsigmoid"):
+        jacobian.energy(torch.ones_like(jacobian.images))
+    with pytest.raises(NotApplicable, match="hardsigmoid"):
+        jacobian.vjp(jacobian.update)
 
 
 def test_trials_are_linearised_in_parts_of_a_size_that_only_shapes_decide(monkeypatch):
