@@ -118,7 +118,8 @@ def calibrated(scores: Floats, view: View) -> Floats:
 
     The scale is not negative and may be 0, so that every family can also ignore what it sees. So that rows which are
     all told apart do not make the scale infinite, their truths are softened: by a tenth of Platt's pseudo-counts, since
-    the whole ones cost 0.05 bit of a linear rule that is right (400 rows) and saved none on noise.
+    the whole ones cost 0.05 bit of a linear rule that is right (400 rows) and saved none on noise. No row is claimed
+    with more odds than the number of rows that could have spoken against it.
     """
     own, truth = scores[view.fit : len(view.truth)], view.truth[view.fit :]
     spread = max(float(own.std()), 1e-12)
@@ -133,7 +134,8 @@ def calibrated(scores: Floats, view: View) -> Floats:
         return float((np.logaddexp(0, odds) - soft * odds).sum()), np.array([(slope * x).sum(), slope.sum()])
 
     line = minimize(loss, np.array([1.0, 0.0]), jac=True, bounds=[(0, None), (None, None)], method="L-BFGS-B").x
-    return np.asarray(line[0] * (scores - centre) / spread + line[1])
+    most = np.log(len(truth) + 1)
+    return np.asarray((line[0] * (scores - centre) / spread + line[1]).clip(-most, most))
 
 
 def _log_odds(view: View, build: Callable[[], torch.nn.Module], inputs: Sequence[torch.Tensor]) -> Floats:

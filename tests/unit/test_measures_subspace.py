@@ -20,7 +20,7 @@ def test_random_groups_give_uniform_p_values_and_no_z():
     rng = np.random.default_rng(0)
     features = rng.standard_normal((80, 40)) * np.exp(-np.arange(40) / 10) + 1
     for centre in (False, True):
-        truths = (rng.permutation(np.arange(80) % 2) for _ in range(100))
+        truths = (rng.permutation(np.arange(80) % 2) for _ in range(60))
         found = [
             distance(features, truth, k=10, permutations=79, names=(i,), centre=centre)
             for i, truth in enumerate(truths)
