@@ -270,11 +270,13 @@ def _show_tasks(tasks: list[dict[str, Any]]) -> None:
 
 
 @cli.command()
-def schema() -> None:
+@click.option("--measures", is_flag=True, help="Of the rows of `leakbench measure` instead.")
+def schema(measures: bool) -> None:
     """Print every column of a result row as a Markdown table."""
-    from leakbench.results import schema_markdown
+    from leakbench.measures.rows import MEASURE_FIELDS
+    from leakbench.results import ROW_FIELDS, schema_markdown
 
-    click.echo(schema_markdown())
+    click.echo(schema_markdown(MEASURE_FIELDS if measures else ROW_FIELDS))
 
 
 @cli.command()
