@@ -55,7 +55,7 @@ def test_linear_regression_has_the_frobenius_norm_of_its_closed_form():
     torch.testing.assert_close(found["sensitivity_relative"].values[:, 1], squares.sqrt() / r.abs())
 
 
-@pytest.mark.parametrize("way", [{"exact": 100}, {"exact": 0, "iterations": 6, "probes": 3000}])
+@pytest.mark.parametrize("way", [{"exact": 100}, {"exact": 0, "iterations": 6, "probes": 600}])
 def test_linear_regression_has_the_spectrum_of_its_closed_form(way):
     whose, matrix, (x, _, r) = regression()
     found = {name: p.values[:, 0] for name, p in spectrum(whose, noise=0.5, **way).items()}
@@ -67,7 +67,7 @@ def test_linear_regression_has_the_spectrum_of_its_closed_form(way):
     square = g.square().sum((1, 2), keepdim=True)
     seen = matrix.mT @ (torch.eye(6, dtype=torch.float64) - g @ g.mT / square) @ matrix / square
     torch.testing.assert_close(found["lavp_cosine"], torch.linalg.eigvalsh(seen)[:, -1], **sure)
-    near = sure if way["exact"] else {"rtol": 0.05, "atol": 0.0}
+    near = sure if way["exact"] else {"rtol": 0.1, "atol": 0.0}
     share = s**2 / (s**2).sum(1, keepdim=True)
     torch.testing.assert_close(found["effective_rank"], (-(share * share.log()).sum(1)).exp(), **near)
     torch.testing.assert_close(found["numerical_rank"], torch.ones(3, dtype=torch.float64), **near)
@@ -127,9 +127,9 @@ def test_each_of_equal_examples_has_the_sensitivity_of_one_divided_by_their_numb
 @pytest.mark.parametrize("name", ["mlp", "lenet", "resnet20"])
 @pytest.mark.parametrize("way", [{}, {"exact": 0, "probes": 1, "iterations": 12}])
 def test_single_precision_finds_the_same_spectral_norms(name, way):
-    double = spectrum(subject(name), **way)["spectral_norm"].values
+    double = spectrum(subject(name, batch=1), **way)["spectral_norm"].values
     model = net(name).to(dtype=torch.float32)
-    single = spectrum(subject(name, model=model, dtype=torch.float32), **way)["spectral_norm"].values
+    single = spectrum(subject(name, model=model, dtype=torch.float32, batch=1), **way)["spectral_norm"].values
     torch.testing.assert_close(single, double, rtol=1e-3, atol=0.0)
 
 
@@ -176,7 +176,7 @@ def test_probes_estimate_the_norm_of_the_exact_jacobian_within_their_stated_erro
 
 @pytest.mark.parametrize("setting", ["mlp", "lenet"])
 def test_quadrature_finds_greatest_values_and_estimates_the_rest(setting):
-    whose = subject(trials=2, **SETTINGS[setting])
+    whose = subject(trials=1, **SETTINGS[setting])
     sure, guess = spectrum(whose), spectrum(whose, exact=0, iterations=25, probes=40)
     for name in ("spectral_norm", "lavp_l2", "lavp_cosine"):
         torch.testing.assert_close(guess[name].values, sure[name].values, rtol=1e-6, atol=1e-9)
