@@ -345,8 +345,7 @@ def board(
     from leakbench.board import render
     from leakbench.board.lanes import lanes
     from leakbench.board.score import cells
-    from leakbench.measures.consistency import violations
-    from leakbench.results import holds_measures, load_measures, load_rows
+    from leakbench.results import holds_measures, load_rows
 
     rows = load_rows(out)
     board, ranked = cells(rows.iloc[:0] if only_lanes else rows), lanes(rows)
@@ -357,8 +356,11 @@ def board(
     else:
         text = {"json": render.to_json, "markdown": render.markdown}[form](board, ranked)
         click.echo(text.rstrip("\n"))
-    measured = [folder for folder in out if holds_measures(folder)]
-    return _exceeded(violations(rows, load_measures(measured))) if measured else 0
+    if not any(map(holds_measures, out)):
+        return 0
+    from leakbench.board.view import exceeded
+
+    return _exceeded(exceeded(out))
 
 
 def _board_measures(out: tuple[Path, ...], form: str | None, only: str | None, profile: str | None) -> int:
@@ -382,7 +384,6 @@ def _board_measures(out: tuple[Path, ...], form: str | None, only: str | None, p
 
 
 def _exceeded(violations: Sequence[object]) -> int:
-    """Say on stderr which proved bounds are exceeded; return the exit status."""
     for violation in violations:
         click.secho(f"proved bound exceeded: {violation}", fg="red", bold=True, err=True)
     if violations:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from leakbench.board.correlations import CORRELATION_COLUMNS
-from leakbench.board.measures import KINDS, MEASURE_KEYS, MISSING_COLUMNS, VALUE_COLUMNS, pattern, variants
+from leakbench.board.measures import KINDS, MEASURE_KEYS, MISSING_COLUMNS, VALUE_COLUMNS, ordered, pattern, variants
 from leakbench.board.render import markdown_lines
 from leakbench.board.score import group_ids
 from leakbench.board.stats import CONFIDENCE, RESAMPLES
@@ -95,7 +95,7 @@ def sheets(tables: dict[str, pd.DataFrame]) -> Iterator[Sheet]:
 def _layers(kind: str, part: pd.DataFrame, quantity: Quantity, *, last: bool) -> Sheet:
     first = part.iloc[0]
     part = part.assign(_variant=variants(part))
-    columns = list(dict.fromkeys(part["_variant"]))
+    columns = ordered(part, "_variant")
     depths = part.groupby("layer")["depth"].first()
     layers = sorted(depths.index, key=lambda layer: (not pd.isna(depths[layer]), depths[layer]))
     values = {

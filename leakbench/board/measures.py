@@ -17,6 +17,7 @@ from leakbench.board.columns import DEFENSE_KEYS
 from leakbench.board.score import group_ids, named_weights, plain
 from leakbench.board.stats import CONFIDENCE, resamples
 from leakbench.measures.catalogue import MeasureKind
+from leakbench.stage import stage_order
 from leakbench.tasks import Architecture
 
 KINDS: tuple[MeasureKind, ...] = get_args(MeasureKind)
@@ -184,6 +185,18 @@ def variants(table: pd.DataFrame) -> pd.Series[str]:
         if clash.any():
             labels = labels.mask(clash, labels + " " + where[key].map(lambda value: str(value)[:18]))
     return labels
+
+
+def ordered(table: pd.DataFrame, column: str) -> list[str]:
+    """Return the different values of a column by stage and batch size, undefended first."""
+    firsts = table.drop_duplicates(column).to_dict("records")
+    firsts.sort(
+        key=lambda line: (
+            *stage_order(line["stage"]),
+            *(line["batch_size"], line["task"], line["defense"] != "none", line["defense_label"], line[column]),
+        )
+    )
+    return [str(line[column]) for line in firsts]
 
 
 def pattern(table: pd.DataFrame) -> str:

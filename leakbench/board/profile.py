@@ -12,10 +12,9 @@ from xml.sax.saxutils import escape
 import numpy as np
 import pandas as pd
 
-from leakbench.board.measures import pattern, variants
+from leakbench.board.measures import ordered, pattern, variants
 from leakbench.errors import UserError
 from leakbench.measures.catalogue import MeasureKind
-from leakbench.stage import stage_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +50,7 @@ PANELS = (
     Panel("original", "v_information_original", "lower_bound", "share of V-information\nabout the images", share=True),
     Panel("latent", "usable_share", "lower_bound", "usable share of the\nattribute's bit", neutral=0),
     Panel("latent", "latent_specificity", "proxy", "latent specificity", neutral=1),
-    Panel("latent", "subspace_z", "proxy", "subspace distance,\nz", neutral=0),
+    Panel("latent", "subspace_z", "proxy", "subspace distance z", neutral=0),
 )
 """What is drawn where there are such rows, from top to bottom."""
 
@@ -91,7 +90,10 @@ def chosen(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         raise UserError(f"--profile: expected rows of {names}, got none; measure sensitivity or v_information")
     if (drawn["defense"] == "none").any():
         drawn = drawn[drawn["defense"] == "none"].reset_index(drop=True)
-    return drawn.assign(series=pd.concat([variants(own) for _, own in drawn.groupby("net")]))
+    series = pd.concat([variants(own) for _, own in drawn.groupby("net")])
+    measure = drawn["measure_label"] + " v" + drawn["measure_version"].astype(str)
+    several = measure.groupby([drawn["net"], drawn["quantity"]]).transform("nunique") > 1
+    return drawn.assign(series=series.mask(several, series + " " + measure))
 
 
 def draw(tables: dict[str, pd.DataFrame]) -> Figure:
@@ -111,9 +113,9 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     counts = [int(lines.loc[lines["net"] == net, "depth"].nunique()) for net in nets]
     widths = [max(3.4, 0.24 * count + 1) for count in counts]
     rows = max(len(_series(lines[lines["net"] == net])) for net in nets)
-    heights = [*[1.9] * len(panels), 0.2 * rows + 0.6]
+    heights = [*[1.9] * len(panels), 0.2 * rows + 0.5]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(sum(widths) + 0.6, sum(heights) + 1.2), layout="constrained")
+        figure = Figure(figsize=(sum(widths) + 0.6, sum(heights) + 2), layout="constrained")
         grid = figure.subplots(
             len(heights), len(nets), squeeze=False, sharex="col", width_ratios=widths, height_ratios=heights
         )
@@ -123,6 +125,7 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
             for axes, panel in zip(grid[:-1, column], panels, strict=True):
                 _panel(axes, own[own["panel"] == PANELS.index(panel)], panel, series)
                 axes.set_xticks(list(layers.index), list(map(_short, layers)), rotation=90)
+                axes.set_xlim(layers.index.min() - 0.5, layers.index.max() + 0.5)
                 axes.tick_params(labelbottom=panel == panels[-1])
                 axes.set_title(f"{panel.information} information, {_KINDS[panel.kind]}", loc="left", fontsize=9)
                 if column == 0:
@@ -141,9 +144,7 @@ def _short(layer: str) -> str:
 
 def _series(own: pd.DataFrame) -> list[str]:
     """Return what is drawn of a net, by stage and batch size; of too many the first, the last and some between."""
-    firsts = own.drop_duplicates("series").to_dict("records")
-    firsts.sort(key=lambda line: (*stage_order(line["stage"]), line["batch_size"], line["series"]))
-    names = [str(line["series"]) for line in firsts]
+    names = ordered(own, "series")
     if len(names) <= MOST_LINES:
         return names
     return [names[round(i * (len(names) - 1) / (MOST_LINES - 1))] for i in range(MOST_LINES)]
@@ -182,8 +183,10 @@ def _legend(axes: Axes, series: Sequence[str], own: pd.DataFrame) -> None:
     ]
     tasks = textwrap.fill(pattern(own).removeprefix(f"{own['net'].iloc[0]}-"), _LETTERS)
     left_out = int(own["series"].nunique()) - len(series)
-    title = tasks + (f"\n{left_out} more are left out: --csv" if left_out else "")
-    axes.legend(handles, series, loc="upper center", frameon=False, title=title, title_fontsize=8, handlelength=3.5)
+    notes = [tasks] * (tasks != "*") + [f"{left_out} more are left out: --csv"] * (left_out > 0)
+    axes.legend(
+        handles, series, loc="upper center", frameon=False, title="\n".join(notes), title_fontsize=8, handlelength=3.5
+    )
 
 
 def render(tables: dict[str, pd.DataFrame], form: str) -> bytes:

@@ -45,15 +45,28 @@ def read(out: Sequence[Path], only: str | None = None, *, layers: bool = True) -
     Raises:
         UserError: There are no rows of measures, or rows of another schema.
     """
-    measured = load_measures(out)
-    attacked = [folder for folder in out if holds_rows(folder)]
-    rows = load_rows(attacked) if attacked else no_rows()
+    rows, measured = _load(out)
     kinds = tables(measured)
     found = kinds | {"missing": missing(measured)}
     if only in (None, "correlations"):
         found["correlations"] = correlations(rows, measured, layers=layers)
     shown = {name: found[name] for name in TABLES if only in (None, name)}
     return Found(shown, kinds, violations(rows, measured))
+
+
+def exceeded(out: Sequence[Path]) -> list[Violation]:
+    """Return the proved bounds that attacks' rows under output directories exceed.
+
+    Raises:
+        UserError: There are no rows of measures, or rows of another schema.
+    """
+    return violations(*_load(out))
+
+
+def _load(out: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    measured = load_measures(out)
+    attacked = [folder for folder in out if holds_rows(folder)]
+    return load_rows(attacked) if attacked else no_rows(), measured
 
 
 def write_profile(kinds: dict[str, pd.DataFrame], to: Path) -> None:
