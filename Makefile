@@ -40,3 +40,4 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_gradients.py
 	$(BIN)/python tests/benchmarks/bench_boundary.py
 	$(BIN)/python tests/benchmarks/bench_labels.py
+	$(BIN)/python tests/benchmarks/bench_measures.py

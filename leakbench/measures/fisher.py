@@ -12,7 +12,7 @@ from leakbench.measures.fitted import mean_with_interval
 from leakbench.measures.jacobian import Jacobian, by_trial, ratio
 from leakbench.measures.noise import noisy
 from leakbench.measures.sensitivity import frobenius
-from leakbench.measures.spectrum import grams, top
+from leakbench.measures.spectrum import grams, top, trials_of_grams
 from leakbench.measures.subject import ALL, Profile, Subject
 
 NO_ATTACKER = 1e30
@@ -92,10 +92,10 @@ def cramer_rao(subject: Subject, *, exact: int = 256) -> dict[str, Profile]:
         raise NotApplicable(f"cramer_rao takes at most {exact} pixels, got {size}; fisher takes any number")
 
     def compute(jacobian: Jacobian) -> dict[str, Tensor]:
-        whole = torch.stack([gram for _, gram in grams(jacobian)]).sum(0)
+        whole = sum((gram for _, gram in grams(jacobian)), torch.zeros(()))
         return {"mse_bound_cramer_rao": unbiased_error(whole * precision)[:, None]}
 
-    return _profiles(subject, by_trial(subject, compute))
+    return _profiles(subject, by_trial(subject, compute, trials_of_grams(subject)))
 
 
 def bayes_cramer_rao(subject: Subject, *, probes: int = 64, train: int = 256) -> dict[str, Profile]:
