@@ -23,7 +23,7 @@ from leakbench.errors import UserError, unknown
 from leakbench.keys import DEVELOPMENT, Season
 from leakbench.results import write_parquet
 
-DATASETS = frozenset({"digits", "mnist", "cifar10"})
+DATASETS = frozenset({"digits", "digits_parity", "mnist", "mnist_parity", "cifar10", "cifar10_animal"})
 """Datasets whose victims may be shown."""
 
 RULES = ("best", "median", "worst")
