@@ -76,7 +76,7 @@ class Grid(Part):
     model_draws: ModelDraws | None = None
     """Instead of the suite's."""
 
-    younger: ClassVar[frozenset[str]] = frozenset({"measures"})
+    younger: ClassVar[frozenset[str]] = frozenset({"attribute", "measures"})
 
     @model_validator(mode="after")
     def _every_task_is_one(self) -> Grid:

@@ -21,7 +21,7 @@ class Part(BaseModel):
     def _younger_defaults_leave_no_trace(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = default(self)
         fields = type(self).model_fields
-        return {k: v for k, v in content.items() if k not in self.younger or v != fields[k].default}
+        return {k: v for k, v in content.items() if k not in self.younger or getattr(self, k) != fields[k].default}
 
     def content(self) -> dict[str, Any]:
         """Return the JSON-able content that the hash covers."""
