@@ -325,13 +325,11 @@ def status(out: Path, as_json: bool) -> None:
 @click.option("--table", metavar="T", help="Of measures: lower_bound, proxy, proved_bound, correlations or missing.")
 @click.option(
     "--profile",
-    is_flag=False,
-    flag_value="",
-    metavar="[FILE]",
-    help="Draw the measures along the layers, as SVG or PNG. [default: OUT/profile.svg]",
+    type=click.Path(path_type=Path),
+    help="SVG or PNG file for a picture of measures along the layers. [default beside printed tables: OUT/profile.svg]",
 )
 def board(
-    out: tuple[Path, ...], form: str | None, only_lanes: bool, measures: bool, table: str | None, profile: str | None
+    out: tuple[Path, ...], form: str | None, only_lanes: bool, measures: bool, table: str | None, profile: Path | None
 ) -> int:
     """Print the board of the rows in OUT, or in several of them: lanes, then each cell's mean, interval and chance.
 
@@ -363,23 +361,28 @@ def board(
     return _exceeded(exceeded(out))
 
 
-def _board_measures(out: tuple[Path, ...], form: str | None, only: str | None, profile: str | None) -> int:
+def _board_measures(out: tuple[Path, ...], form: str | None, only: str | None, profile: Path | None) -> int:
     from leakbench.board import measure_text, view
 
     if only is not None and only not in measure_text.TABLES:
         raise unknown("table", only, measure_text.TABLES)
-    to = None if profile is None else Path(profile or out[0] / "profile.svg")
-    if to is not None and to.suffix.lower() not in view.PICTURES:
-        raise UserError(f"--profile {to}: expected a .svg or .png file; write --profile profile.svg after OUT")
+    if profile is not None and profile.suffix.lower() not in view.PICTURES:
+        raise UserError(f"--profile {profile}: expected a .svg or .png file; write --profile profile.svg")
     found = view.read(out, only, layers=form in ("json", "csv"))
     if form is None:
         measure_text.terminal(found.tables)
     else:
         write = {"json": measure_text.to_json, "markdown": measure_text.markdown, "csv": measure_text.to_csv}[form]
         click.echo(write(found.tables).rstrip("\n"))
-    if to is not None:
-        view.write_profile(found.kinds, to)
-        click.echo(to, err=form is not None)
+    if profile is not None or (form is None and only is None):
+        to = profile or out[0] / "profile.svg"
+        try:
+            view.write_profile(found.kinds, to)
+            click.echo(f"layer profile: {to}", err=form is not None)
+        except UserError as error:
+            if profile is not None:
+                raise
+            click.echo(f"no layer profile: {error}", err=True)
     return _exceeded(found.violations)
 
 

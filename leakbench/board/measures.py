@@ -105,9 +105,11 @@ def _lines(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Yield the lines of one task, defense and measure."""
     keys = {key: plain(part[key].iloc[0]) for key in ("net", *WHERE_KEYS, *MEASURE_KEYS)}
     layers = group_ids(part, LAYER_KEYS)
-    own = {number: {k: plain(rows[k].iloc[0]) for k in LAYER_KEYS} for number, rows in part.groupby(layers)}
+    firsts = part[list(LAYER_KEYS)].assign(_line=layers).drop_duplicates("_line").to_dict("records")
+    own: dict[Any, dict[str, Any]] = {line["_line"]: {key: plain(line[key]) for key in LAYER_KEYS} for line in firsts}
     fitted = part["trial"].isna()
-    for number, row in zip(layers[fitted], part[fitted].to_dict("records"), strict=True):
+    fits = part.loc[fitted, ["value", "low", "high", "n"]].to_dict("records")
+    for number, row in zip(layers[fitted], fits, strict=True):
         fit = {"value": row["value"], "low": row["low"], "high": row["high"], "n": plain(row["n"]), "fitted": True}
         yield keys | own[number] | fit
     by_trial = part[~fitted].assign(_line=layers[~fitted])
@@ -181,9 +183,11 @@ def variants(table: pd.DataFrame) -> pd.Series[str]:
     for key in (*_BUDGETS, "model_draws", "checkpoint", "task_hash", "defense_source_sha256", "season"):
         if key not in where:
             continue
-        clash = identity.groupby([table["net"], labels]).transform("nunique") > 1
-        if clash.any():
-            labels = labels.mask(clash, labels + " " + where[key].map(lambda value: str(value)[:18]))
+        groups = [table["net"], labels]
+        clash = (identity.groupby(groups).transform("nunique") > 1) & (
+            where[key].map(str).groupby(groups).transform("nunique") > 1
+        )
+        labels = labels.mask(clash, labels + " " + where[key].map(lambda value: str(value)[:18]))
     return labels
 
 
