@@ -339,7 +339,9 @@ def board(
     if measures or table is not None or profile is not None:
         if only_lanes:
             raise UserError("--lanes: expected the board of attacks, got measures too; leave one out")
-        return _board_measures(out, form, table, profile)
+        from leakbench.board.view import show
+
+        return _exceeded(show(out, form, table, profile))
     from leakbench.board import render
     from leakbench.board.lanes import lanes
     from leakbench.board.score import cells
@@ -359,31 +361,6 @@ def board(
     from leakbench.board.view import exceeded
 
     return _exceeded(exceeded(out))
-
-
-def _board_measures(out: tuple[Path, ...], form: str | None, only: str | None, profile: Path | None) -> int:
-    from leakbench.board import measure_text, view
-
-    if only is not None and only not in measure_text.TABLES:
-        raise unknown("table", only, measure_text.TABLES)
-    if profile is not None and profile.suffix.lower() not in view.PICTURES:
-        raise UserError(f"--profile {profile}: expected a .svg or .png file; write --profile profile.svg")
-    found = view.read(out, only, layers=form in ("json", "csv"))
-    if form is None:
-        measure_text.terminal(found.tables)
-    else:
-        write = {"json": measure_text.to_json, "markdown": measure_text.markdown, "csv": measure_text.to_csv}[form]
-        click.echo(write(found.tables).rstrip("\n"))
-    if profile is not None or (form is None and only is None):
-        to = profile or out[0] / "profile.svg"
-        try:
-            view.write_profile(found.kinds, to)
-            click.echo(f"layer profile: {to}", err=form is not None)
-        except UserError as error:
-            if profile is not None:
-                raise
-            click.echo(f"no layer profile: {error}", err=True)
-    return _exceeded(found.violations)
 
 
 def _exceeded(violations: Sequence[object]) -> int:

@@ -22,8 +22,11 @@ from leakbench.measures.catalogue import MEASURES
 from leakbench.metrics import METRICS
 from leakbench.tasks import Protocol
 
+GAIN = "psnr_gain"
+"""PSNR over the floor of the same trial: of dark images a bad guess has a high PSNR too, whatever the update says."""
+
 QUALITY = {
-    "inputs": ("psnr", "ssim", "mse", "lpips"),
+    "inputs": ("psnr", GAIN, "ssim", "mse", "lpips"),
     "labels": ("instance_recall",),
     "attribute": ("inference_bits",),
     "membership": ("inference_bits",),
@@ -44,7 +47,7 @@ UPDATE_KEYS = (
 _TRIAL = ["draw", "trial", "checkpoint_sha256"]
 
 CORRELATION_COLUMNS = {
-    "metric": "what the attack did in a trial",
+    "metric": f"what the attack did in a trial; {GAIN} is PSNR less the floor of the same trial",
     "spearman": "rank correlation over trials; null: one of the two is the same in all trials",
     "low": f"lower end of its 95% interval, bootstrap over draw and trial; null below {MIN_PAIRS} trials",
     "high": "upper end",
@@ -81,7 +84,8 @@ def correlations(rows: pd.DataFrame, measures: pd.DataFrame, *, layers: bool = T
     rows = rows[(rows["status"] == "ok") & rows["planted_share"].isna() & rows["inserted"].isna()]
     lines: list[dict[str, Any]] = []
     rows = rows.dropna(subset="attack")
-    for keys, cell in split_cells(rows.assign(net=nets(rows))):
+    gain = (rows["psnr"] - rows["psnr_floor"]).astype(float)
+    for keys, cell in split_cells(rows.assign(net=nets(rows), **{GAIN: gain})):
         labels = {key: cell[key].iloc[0] for key in ("net", "attack_label", "defense_label")}
         for part in _nearest(known.get(_update(cell), []), keys["task_hash"]):
             own = {key: plain(part[key].iloc[0]) for key in MEASURE_KEYS} | {"measured_on": part["task"].iloc[0]}
@@ -124,7 +128,8 @@ def _lines(cell: pd.DataFrame, part: pd.DataFrame, keys: dict[str, Any]) -> Iter
             results = rank_correlations(known[:, 1:], known[:, 0], metric, *keys.values())
             for number, (rho, low, high) in zip(numbers, results, strict=True):
                 more = quantities[own[number]["quantity"]].more_leaks
-                expected = None if more is None else 1 if more == METRICS[metric].higher_is_better else -1
+                better = metric == GAIN or METRICS[metric].higher_is_better
+                expected = None if more is None else 1 if more == better else -1
                 told = expected is not None and not np.isnan(low)
                 yield {
                     **{key: plain(own[number][key]) for key in ("quantity", "layer", "depth")},

@@ -102,13 +102,12 @@ def _layers(kind: str, part: pd.DataFrame, quantity: Quantity, *, last: bool) ->
         (line["layer"], line["_variant"]): with_interval(line["value"], line["low"], line["high"])
         for line in part.to_dict("records")
     }
-    counts = sorted(set(part["n"].dropna().astype(int)))
     unit = "" if quantity.unit == "1" else f" [{quantity.unit}]"
     way = {True: "more is more leakage", False: "less is more leakage", None: "no way is more leakage"}
     notes = [
         ("fitted, " if first["fitted"] else "means over trials, ")
         + (f"{CONFIDENCE:.0%} intervals, " if part["low"].notna().any() else "")
-        + (f"n {counts[0]}" if len(counts) == 1 else f"n {counts[0]} to {counts[-1]}")
+        + _count(part["n"])
         + f"; layers from input to output; {pattern(part)}"
     ]
     if last:
@@ -120,6 +119,11 @@ def _layers(kind: str, part: pd.DataFrame, quantity: Quantity, *, last: bool) ->
         lines=[[_layer(layer), *(values.get((layer, column), "-") for column in columns)] for layer in layers],
         notes=notes,
     )
+
+
+def _count(numbers: pd.Series[Any]) -> str:
+    least, most = int(numbers.min()), int(numbers.max())
+    return f"n {least}" if least == most else f"n {least} to {most}"
 
 
 def _layer(name: str) -> str:
@@ -147,8 +151,8 @@ def _correlations(table: pd.DataFrame) -> Iterator[Sheet]:
             header=["proxy", *columns],
             lines=[[proxy, *(values.get((proxy, column), "-") for column in columns)] for proxy in proxies],
             notes=[
-                f"{CONFIDENCE:.0%} intervals; ✓: on the side of 0 where more leaks, ✗: on the other; "
-                f"n {part['n'].min()} to {part['n'].max()}; layer by layer: --json, --csv"
+                f"{CONFIDENCE:.0%} intervals; ✓: on the side of 0 where more leaks, ✗: on the other; of many one in "
+                f"twenty is by chance; {_count(part['n'])}; layer by layer: --json, --csv"
             ],
         )
 

@@ -157,14 +157,14 @@ def test_a_proxy_passes_where_more_of_it_goes_with_better_attacks_only():
     falling = [float(12 - t) for t in trials]
     attacks = attack([10.0 + t**2 for t in trials])
     for row, t in zip(attacks, trials, strict=True):
-        row["mse"] = 1.0 / (1 + t)
+        row |= {"mse": 1.0 / (1 + t), "psnr_floor": 2.0 * t**2}
     rising = measured("gradient_norm", {ALL: [float(t) for t in trials], "a": falling})
     neutral = measured("sensitivity_share", {"a": falling})
     table = correlations(board_rows.frame(attacks), frame(rising, neutral)).set_index(["quantity", "layer", "metric"])
     assert set(table.index) == {
         (*own, metric)
         for own in (("gradient_norm", ALL), ("gradient_norm", "a"), ("sensitivity_share", "a"))
-        for metric in ("psnr", "mse")
+        for metric in ("psnr", "psnr_gain", "mse")
     }
     best = table.loc[("gradient_norm", ALL, "psnr")]
     assert (best["spearman"], best["low"], best["high"], best["n"], best["expected"], best["passes"]) == (
@@ -177,6 +177,8 @@ def test_a_proxy_passes_where_more_of_it_goes_with_better_attacks_only():
     )
     error = table.loc[("gradient_norm", ALL, "mse")]  # less error is a better attack
     assert (error["spearman"], error["expected"], error["passes"]) == (-1, -1, True)
+    dark = table.loc[("gradient_norm", ALL, "psnr_gain")]  # the better, the less above what needs no update
+    assert (dark["spearman"], dark["expected"], dark["passes"]) == (-1, 1, False)
     wrong = table.loc[("gradient_norm", "a", "psnr")]
     assert (wrong["spearman"], wrong["expected"], wrong["passes"]) == (-1, 1, False)
     claims_nothing = table.loc[("sensitivity_share", "a", "psnr")]
@@ -221,7 +223,7 @@ def test_with_few_trials_there_is_no_interval_and_nothing_passes():
     table = correlations(
         board_rows.frame(attack([1.0, 2.0, 3.0])), frame(measured("gradient_norm", {ALL: [1.0, 2.0, 3.0]}))
     )
-    line = board_rows.only(table)
+    line = board_rows.only(table[table["metric"] == "psnr"])
     assert line["spearman"] == 1
     assert np.isnan(line["low"])
     assert line["passes"] is None
@@ -234,8 +236,7 @@ def test_trials_are_joined_by_trial_draw_and_weights_and_failed_or_planted_ones_
     attacks[4]["planted_share"] = 0.1
     attacks[5]["checkpoint_sha256"] = "other"
     attacks[6]["draw"] = 1
-    line = board_rows.only(correlations(board_rows.frame(attacks), frame(norms)))
-    assert line["n"] == 16
+    assert correlations(board_rows.frame(attacks), frame(norms))["n"].tolist() == [16, 16]
     assert correlations(board_rows.frame(attack([1.0] * 8, defense="topk")), frame(norms)).empty
 
 
@@ -259,14 +260,14 @@ def test_tasks_share_measures_exactly_where_they_share_victims_and_clients(chang
     assert other.hash != INPUTS.hash
     norms = frame(measured("gradient_norm", {ALL: [float(t) for t in range(8)]}, task=other))
     table = correlations(board_rows.frame(attack([float(t) for t in range(8)])), norms)
-    assert len(table) == same
+    assert table["metric"].tolist() == ["psnr", "psnr_gain"] * same
     if same:
-        assert table["measured_on"].tolist() == [other.id]
+        assert set(table["measured_on"]) == {other.id}
         # What was measured on the task itself goes first.
         own = frame(measured("gradient_norm", {ALL: [float(-t) for t in range(8)]}))
         assert correlations(board_rows.frame(attack([float(t) for t in range(8)])), pd.concat([norms, own]))[
             "spearman"
-        ].tolist() == [-1]
+        ].tolist() == [-1, -1]
 
 
 def test_victims_of_tasks_that_share_measures_are_the_same():
