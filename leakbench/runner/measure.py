@@ -218,7 +218,7 @@ def _check(found: Measured, spec: MeasureSpec, trials: int) -> None:
         InvalidOutput: It is not what the measure declares.
     """
     declared = {quantity.name for quantity in spec.quantities}
-    if not set(found.quantities) <= declared:
+    if set(found.quantities) != declared:
         raise InvalidOutput(f"gave {sorted(found.quantities)}, declares {sorted(declared)}")
     for name, own in found.quantities.items():
         shapes = {end: tuple(t.shape) for end in ENDS if (t := found.tensors.get(f"{name}/{end}")) is not None}
