@@ -50,11 +50,10 @@ class Nonsense(Defense):
         return {name: value * float("nan") for name, value in update.items()}
 
 class Forge(Defense):
-    """Would rather have the measure say nothing leaks."""
-    def update(self, update, ctx):
+    """Would rather have the measure say nothing."""
+    def __init__(self):
         from leakbench.measures import sensitivity
         sensitivity.sensitivity = lambda subject, probes: {}
-        return update
 '''
 
 
@@ -165,6 +164,7 @@ def test_the_norm_is_that_of_the_gradient_of_the_jobs_own_victims(runner, draws)
         ("fisher", PLAIN, "none", "not_applicable", "noise"),
         ("sensitivity(probes=2)", PLAIN, "Crash", "error", "a defense that crashes"),
         ("sensitivity(probes=2)", PLAIN, "Nonsense", "invalid", "NaN or infinity"),
+        ("sensitivity(probes=2)", PLAIN, "Forge", "invalid", "declares"),
         ("i2f", PLAIN.model_copy(update={"batch": BatchSpec(size=5000)}), "none", "unavailable", "batch larger"),
     ],
 )
