@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -12,54 +12,16 @@ from torch import Tensor
 
 from leakbench.defense import DefenseChain
 from leakbench.errors import NotGranted
+from leakbench.facts import Facts
 from leakbench.federation.client import Client
 from leakbench.federation.gradients import per_trial_gradients
 from leakbench.federation.products import per_trial_products
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.models.functional import Model
 from leakbench.randomness import TrialRandom
-from leakbench.tasks import AttributeSpec, InputSpec, Protocol
+from leakbench.tasks import AttributeSpec, InputSpec
 
 G = TypeVar("G")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """The public and the granted numbers of a task; a withheld one is None. JSON-able.
-
-    Args:
-        granted: Names the threat model grants.
-        protocol: What the client does; hyper-parameters that are withheld hold their defaults and are not readable.
-        input_spec: What one input is.
-        normalised: Whether inputs are normalised by the spec's mean and std.
-        num_classes: C.
-        clients: K.
-        batch_size: B; the mean, rounded up, where clients differ.
-        inputs_per_client: N; the mean, rounded up, where clients differ.
-        client_sizes: (K,) examples behind each client's update.
-        local_batches: Distinct batches of a client; inputs over batch size where None.
-        class_prior: (C,) class frequencies of the data source.
-        wall_seconds: Time the whole block may take.
-        model_evaluations: Gradient evaluations per trial that the budget allows; None is unlimited.
-        target: What the task asks for: ``labels``, ``inputs``, ``attribute`` or ``membership``.
-        attribute: Which attribute, where that is the target.
-    """
-
-    granted: frozenset[str]
-    protocol: Protocol
-    input_spec: InputSpec
-    normalised: bool
-    num_classes: int
-    clients: int = 1
-    batch_size: int | None = None
-    inputs_per_client: int | None = None
-    client_sizes: tuple[int, ...] | None = None
-    local_batches: int | None = None
-    class_prior: tuple[float, ...] | None = None
-    wall_seconds: float | None = None
-    model_evaluations: int | None = None
-    target: str = "labels"
-    attribute: AttributeSpec | None = None
 
 
 class Knowledge:

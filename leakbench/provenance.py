@@ -24,6 +24,7 @@ NUMBER_MOVING = (
     "entry.py",
     "attack.py",
     "defense.py",
+    "facts.py",
     "mechanism.py",
     "knowledge.py",
     "observation.py",

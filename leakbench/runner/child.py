@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from leakbench.attack import Attack, RecoveryShape
 from leakbench.defense import DefenseChain
 from leakbench.errors import InvalidOutput, NotApplicable, NotGranted
+from leakbench.facts import Facts
 from leakbench.federation.aggregation import StreamedSum, aggregation_weights
 from leakbench.federation.client import Client, ClientState, Received
 from leakbench.federation.inputs import to_inputs
 from leakbench.federation.planting import Planted
 from leakbench.federation.statistics import batch_statistics, is_running_statistic
-from leakbench.knowledge import Facts, Knowledge
+from leakbench.knowledge import Knowledge
 from leakbench.models.functional import Model, build_model
 from leakbench.models.imprint import with_inserted
 from leakbench.models.recipe import train

@@ -44,7 +44,7 @@ def read_names(reads: Sequence[str], weights: Weights, protocol: Protocol, targe
 def granted_facts(
     task: Task, data: Dataset, *, wall_seconds: float | None, model_evaluations: int | None
 ) -> dict[str, Any]:
-    """Return the JSON of `leakbench.knowledge.Facts`, with everything withheld left out."""
+    """Return the JSON of `leakbench.facts.Facts`, with everything withheld left out."""
     threat, protocol = task.threat_model, task.protocol
     withheld: dict[str, Any] = {}
     mean = task.total_inputs / protocol.clients

@@ -55,8 +55,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from leakbench import Observation
 from leakbench.cache import cache_dir
 from leakbench.data import load_dataset
+from leakbench.facts import Facts
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts
 from leakbench.metrics.images import match, psnr
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen

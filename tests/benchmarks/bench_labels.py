@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from leakbench import Attack, Knowledge, Observation
+from leakbench.facts import Facts
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts
 from leakbench.models.functional import Model, build_model
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom

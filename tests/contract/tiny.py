@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits
 from leakbench import Attack, Cohort, Defense, Knowledge, NotApplicable, NotGranted, Observation
 from leakbench.attack import FACTS, RecoveryShape
 from leakbench.defense import DefenseChain
+from leakbench.facts import Facts
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client
 from leakbench.federation.planting import Planted, check_planted
-from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
 from leakbench.models.imprint import inserted_parameters, insertion, with_inserted
 from leakbench.observation import Seen

@@ -9,10 +9,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from leakbench import Knowledge, Observation
+from leakbench.facts import Facts
 from leakbench.federation.aggregation import StreamedSum, aggregation_weights
 from leakbench.federation.client import Client
 from leakbench.federation.planting import Planted
-from leakbench.knowledge import Facts
 from leakbench.models.functional import Model, build_model
 from leakbench.observation import Cohort, Seen
 from leakbench.randomness import TrialRandom

@@ -18,8 +18,8 @@ from leakbench_baselines.defenses.topk import TopK
 from torch.distributions import Normal
 
 from leakbench import DefenseContext, Knowledge, Observation, UserError
+from leakbench.facts import Facts
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom

@@ -12,8 +12,8 @@ from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Knowledge, Observation, UserError
+from leakbench.facts import Facts
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom

@@ -16,10 +16,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Cohort, Knowledge, NotApplicable, NotGranted, Observation, UserError
 from leakbench.defense import DefenseChain
+from leakbench.facts import Facts
 from leakbench.federation.aggregation import StreamedSum, aggregation_weights
 from leakbench.federation.client import Client
 from leakbench.federation.planting import Planted
-from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom

@@ -22,8 +22,8 @@ import leakbench
 from leakbench import Knowledge, NotApplicable, Observation, UserError
 from leakbench.data import draw_task, load_dataset
 from leakbench.defense import DefenseChain
+from leakbench.facts import Facts
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom

@@ -22,11 +22,11 @@ from sklearn.datasets import load_digits
 from torch.func import functional_call
 
 from leakbench import Knowledge, NotApplicable, Observation, UserError
+from leakbench.facts import Facts
 from leakbench.federation.client import Client, batch_order
 from leakbench.federation.statistics import batch_statistics
 from leakbench.inversion import BatchNormStatistics, Cosine, Inversion, OneStep, Prior, Rows, Surrogate
 from leakbench.inversion.networks import ConvolutionalPrior
-from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom

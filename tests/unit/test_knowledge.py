@@ -9,8 +9,9 @@ from leakbench import Defense, NotGranted
 from leakbench.attack import NEEDS
 from leakbench.defense import DefenseChain
 from leakbench.errors import InvalidOutput
+from leakbench.facts import Facts
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts, Knowledge
+from leakbench.knowledge import Knowledge
 from leakbench.observation import Observation, Seen
 from leakbench.tasks import InputSpec, Protocol, ThreatModel
 

@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 
 from leakbench import Knowledge, Observation, UserError
 from leakbench.defense import DefenseChain
+from leakbench.facts import Facts
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom

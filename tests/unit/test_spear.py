@@ -9,8 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.datasets import load_digits
 
 from leakbench import Knowledge, NotApplicable, Observation, UserError
+from leakbench.facts import Facts
 from leakbench.federation.client import Client
-from leakbench.knowledge import Facts
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen
 from leakbench.randomness import TrialRandom
