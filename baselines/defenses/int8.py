@@ -1,0 +1,42 @@
+"""Quantisation of the update to 8-bit integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leakbench import Defense, DefenseContext, register
+
+LEVELS = 127
+
+
+@register("int8", version=1)
+class Int8(Defense):
+    """Int8: sends each tensor as integers from -127 to 127 times its greatest magnitude / 127, rounded to the nearest.
+
+    Nothing is drawn. What is sent stands here as the floating-point values that a server makes of the integers.
+
+    Acts on: the update, each tensor by itself.
+
+    Reference: Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019, arXiv 1906.08935; it does not say how it
+    rounds, which is chosen here
+    """
+
+    acts_on = frozenset({"update"})
+
+    @property
+    def tensorwise(self) -> bool:
+        """Always: each tensor has a scale of its own."""
+        return True
+
+    def update(self, update: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
+        """Round."""
+        return {name: _rounded(value) for name, value in update.items()}
+
+
+def _rounded(value: Tensor) -> Tensor:
+    """Return ``value`` (T, *shape) rounded, each trial by itself."""
+    greatest = value.abs().flatten(1).amax(1).view(-1, *(1,) * (value.dim() - 1))
+    # Divided by the magnitude and not by the step, which for very small values becomes 0.
+    level = (value / torch.where(greatest > 0, greatest, 1) * LEVELS).round()
+    return level / LEVELS * greatest
