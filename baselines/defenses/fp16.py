@@ -1,0 +1,44 @@
+"""Quantisation of the update to half precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leakbench import Defense, DefenseContext, UserError, register
+
+FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@register("fp16", version=1)
+class FP16(Defense):
+    """Fp16: sends 16-bit floating-point numbers. A control: nobody expects it to protect.
+
+    What is too large for the format is sent as its greatest number.
+
+    Acts on: the update, each coordinate by itself.
+
+    Args:
+        form: ``float16``, 11 significant bits and a smallest magnitude of 6e-8, or ``bfloat16``, 8 significant bits and
+            the range of float32.
+
+    Reference: Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019, arXiv 1906.08935
+    """
+
+    acts_on = frozenset({"update"})
+
+    def __init__(self, *, form: str = "float16") -> None:
+        if form not in FORMATS:
+            raise UserError(f"fp16: form: expected 'float16' or 'bfloat16', got {form!r}; write fp16(form='float16')")
+        self.form = form
+
+    @property
+    def tensorwise(self) -> bool:
+        """Always: no coordinate depends on another."""
+        return True
+
+    def update(self, update: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
+        """Round."""
+        form = FORMATS[self.form]
+        most = torch.finfo(form).max
+        return {name: value.clamp(-most, most).to(form).to(value.dtype) for name, value in update.items()}
