@@ -163,9 +163,11 @@ def standardised(features: NDArray[np.float32] | Floats, fit: int) -> Floats:
 def coordinates(products: Floats, fit: int, most: int | None = None) -> Floats:
     """Return principal coordinates (n, r) of the first ``fit`` rows, and of the others on the same axes.
 
-    They keep these rows' inner products ``products`` (n, n), so a rule with an L2 penalty loses nothing by them.
+    They keep these rows' inner products ``products`` (n, n), so a rule with an L2 penalty loses nothing by them. Of rows
+    that are all zero, as where a layer is withheld, there is one coordinate, 0.
     """
     values, axes = np.linalg.eigh(products[:fit, :fit])
     values, axes = values[::-1][:most], axes[:, ::-1][:, :most]
     kept = values > 1e-9 * max(float(values[0]), 1e-30)
-    return np.asarray(products[:, :fit] @ (axes[:, kept] / np.sqrt(values[kept])))
+    kept[0] = True
+    return np.asarray(products[:, :fit] @ (axes[:, kept] / np.sqrt(values[kept].clip(1e-30))))

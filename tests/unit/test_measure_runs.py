@@ -178,6 +178,15 @@ def test_what_went_wrong_is_one_row_that_says_so(runner, defenses, measure, task
     assert rows["value"].isna().all()
 
 
+@pytest.mark.parametrize("name", ["v_information", "v_information_original", "subspace_distance", "sensitivity"])
+def test_a_layer_that_is_withheld_says_nothing(runner, name):
+    (job,) = jobs(CHEAP[name], ASKED, defense="withhold_layers")
+    rows = rows_of(runner, job)
+    assert set(rows["status"]) == {"ok"}, rows["error"].iloc[0]
+    withheld = rows[(rows["layer"] == "body.linear0") & rows["quantity"].isin([name, "sensitivity_rms"])]
+    assert withheld["value"].abs().max() < 0.1
+
+
 def test_a_fitted_measure_needs_trials_that_share_a_model(runner):
     rows = rows_of(runner, *jobs("v_information_original(train=32)", draws="per_trial"))
     assert rows["status"].tolist() == ["not_applicable"]
