@@ -133,7 +133,8 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
             grid[len(panels) - 1, column].set_xlabel("layers from input to output")
             grid[-1, column].axis("off")
             _legend(grid[-1, column], series, own)
-            grid[0, column].set_title(f"{net}\n", fontsize=11, fontweight="bold")
+            # Two lines: a wide legend below another column leaves this one little room.
+            grid[0, column].set_title("\n".join((*net.split("-", 1), "")), fontsize=10, fontweight="bold")
         figure.supxlabel("bands: 95% intervals; gray: what no leakage gives", fontsize=8, color="#555555")
         return figure
 

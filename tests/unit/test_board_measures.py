@@ -347,7 +347,7 @@ def test_the_picture_is_the_same_file_each_time_with_text_and_description():
     assert root.find(f"{space}title").text == "Layer profile of leakage"
     assert "usable_share is greatest in b, 0.75." in root.find(f"{space}desc").text
     texts = {"".join(element.itertext()).strip() for element in root.iter(f"{space}text")}
-    words = {"a", "b", "mnist-mlp", "mnist-lenet5", "untrained", "early", "*-b1-iid-gradient-inputs", "not measured"}
+    words = {"a", "b", "mnist", "mlp", "lenet5", "untrained", "early", "*-b1-iid-gradient-inputs", "not measured"}
     assert words <= texts
     assert "lower bound" in svg
 
