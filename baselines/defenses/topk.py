@@ -23,18 +23,21 @@ def keep_largest(values: Tensor, kept: int) -> Tensor:
     return values * (above | (tied & (tied.cumsum(1) <= room)))
 
 
-@register("topk", version=1)
+@register("topk", version=2)
 class TopK(Defense):
     """Top-k sparsification: sends the fraction 1 - p of coordinates with the greatest magnitude, unchanged, and zeros.
 
     Of n coordinates exactly ceil((1 - p) n) are kept in each tensor (``layer``) or in the whole update (``global``).
-    What is dropped is not carried over to later steps or rounds (no error feedback).
+    With ``error_feedback`` a client adds what it dropped in earlier rounds to the update before it drops again, so that
+    all is sent sooner or later; the first round is the same with and without.
 
     Acts on: the update.
 
     Args:
         p: Fraction that is dropped.
         scope: ``layer``: weight and bias of every layer by themselves; ``global``: all coordinates together.
+        error_feedback: Whether what is dropped is carried over to the client's next round. Not with weights that are
+            sent themselves, of which a sum over rounds means nothing.
 
     Reference: Aji, Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017, arXiv 1704.05021; as
     a defense Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019, arXiv 1906.08935
@@ -43,21 +46,37 @@ class TopK(Defense):
     acts_on = frozenset({"update"})
     strength = ("p", "higher")
 
-    def __init__(self, *, p: float = 0.9, scope: str = "layer") -> None:
+    def __init__(self, *, p: float = 0.9, scope: str = "layer", error_feedback: bool = False) -> None:
         if not 0 <= p < 1:
             raise UserError(f"topk: p: expected 0 <= p < 1 (the fraction that is dropped), got {p}; write topk(p=0.9)")
         if scope not in ("layer", "global"):
             raise UserError(f"topk: scope: expected 'layer' or 'global', got {scope!r}; write topk(scope='layer')")
         self.p = p
         self.scope = scope
+        self.error_feedback = error_feedback
 
     @property
     def tensorwise(self) -> bool:
         """Whether magnitudes are ranked within each tensor."""
         return self.scope == "layer"
 
-    def update(self, update: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
-        """Zero the smallest coordinates."""
+    def update(self, update: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:
+        """Zero the smallest coordinates.
+
+        Raises:
+            UserError: Weights are sent, with ``error_feedback``.
+        """
+        if not self.error_feedback:
+            return self._sparse(update)
+        if ctx.sends == "weights":
+            raise UserError("topk: error_feedback: expected a gradient or delta, got weights; write sends: delta")
+        owed = {name: value + ctx.state[name] if name in ctx.state else value for name, value in update.items()}
+        sent = self._sparse(owed)
+        ctx.state.update({name: value - sent[name] for name, value in owed.items()})
+        return sent
+
+    def _sparse(self, update: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``update`` with its smallest coordinates zeroed."""
         flat = {name: value.flatten(1) for name, value in update.items()}
         if self.scope == "layer":
             kept = {name: keep_largest(value, self.kept(value.shape[1])) for name, value in flat.items()}
