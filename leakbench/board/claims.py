@@ -19,7 +19,8 @@ from pydantic import Field
 
 from leakbench.board.stats import bootstrap
 from leakbench.measures.catalogue import ALL
-from leakbench.metrics import METRICS
+from leakbench.measures.rows import MEASURE_FIELDS
+from leakbench.metrics import METRICS, MetricSpec
 from leakbench.parts import Part
 
 SHARE = 2 / 3
@@ -59,7 +60,7 @@ class Claim(Part):
     where: Where = Field(default_factory=dict)
     """Rows that it is about, by column."""
     layers: Annotated[list[Group], Field(min_length=2, max_length=2)] | None = None
-    """Two groups of layers of one update: the layer that holds most of the first against that of the second."""
+    """Two groups of layers of one update, whose means are compared; ``first_third`` is at least one layer."""
     axis: str | None = None
     """A column: the smallest value, where the claim says most leaks, against every greater one."""
     withheld: Annotated[list[str], Field(min_length=1)] | None = None
@@ -118,11 +119,15 @@ def _comparisons(claim: Claim, measured: pd.DataFrame, rows: pd.DataFrame) -> It
             find, source = partial(_attacked, claim.withheld or ()), rows
         else:
             find = partial(_residual, claim.withheld or ())
-        ok = source[source["status"] == "ok"] if len(source) else source
         for column, value in claim.where.items():
-            ok = ok[ok[column].isna() if value is None else ok[column] == value] if len(ok) else ok
-        for line in find(quantity, ok) if len(ok) else ():
-            yield {"claim": claim.name, "quantity": quantity, **line, "verdict": _verdict(line["low"], line["high"])}
+            if len(source):
+                source = source[source[column].isna() if value is None else source[column] == value]
+        if len(source) and quantity not in METRICS:
+            source = source[source["status"] == "ok"]
+        for line in find(quantity, source) if len(source) else ():
+            if not np.isnan([line["low"], line["high"]]).any():  # else it could never be decided
+                verdict = _verdict(line["low"], line["high"])
+                yield {"claim": claim.name, "quantity": quantity, **line, "verdict": verdict}
 
 
 def _verdict(low: float, high: float) -> str:
@@ -135,44 +140,52 @@ _MEASURED = ("task", "task_hash", "defense_label", "measure", "measure_params", 
 
 
 def _within(layers: Sequence[Group], quantity: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    rows = rows[(rows["quantity"] == quantity) & (rows["layer"] != ALL)]
+    """Compare the means over two groups of layers.
+
+    A mean, because the greatest layer of a group would be picked by the same noise that it is tested with, in favor of
+    the larger group. Layers of normalisation are left out.
+    """
+    rows = rows[(rows["quantity"] == quantity) & rows["layer_kind"].isin(["linear", "convolution"])]
     for keys, part in rows.groupby(list(_MEASURED), sort=True):
         groups = [part[_in_group(part, group)] for group in layers]
         if any(not len(group) for group in groups):
             continue  # a net without such layers
-        best = [_best(group) for group in groups]
         if part["trial"].isna().all():
-            line = _of_intervals(*(group.sort_values("value", kind="stable").iloc[-1] for group in groups))
+            line = _independent(_of_layers(groups[0]), _of_layers(groups[1]), int(part["n"].iloc[0]))
         else:
-            tops = [group.pivot_table(index="trial", columns="layer", values="value").max(axis=1) for group in groups]
-            line = _of_pairs(tops[0], tops[1], *keys)
-        note = " against ".join(best)
+            means = [group.groupby("trial")["value"].mean() for group in groups]
+            line = _of_pairs(means[0], means[1], *keys)
+        note = " against ".join(f"{group['layer'].nunique()} layers" for group in groups)
         yield {"setting": _setting(part), "more": line.pop("a"), "less": line.pop("b"), **line, "note": note}
 
 
 def _in_group(part: pd.DataFrame, group: Group) -> NDArray[np.bool_]:
     dense = (part["layer_kind"] == "linear").to_numpy()
-    depth = part["depth"].to_numpy(float)
-    first = depth < np.ceil((depth.max() + 1) / 3)
+    place = part["depth"].rank(method="dense").to_numpy(float)
+    first = place <= max(1, place.max() // 3)
     chosen = {"dense": dense, "not_dense": ~dense, "first_third": first, "later": ~first}
     return np.asarray(chosen[group])
 
 
-def _best(group: pd.DataFrame) -> str:
-    return str(group.groupby("layer")["value"].mean().idxmax())
+def _of_layers(group: pd.DataFrame) -> tuple[float, float, float]:
+    """Return the mean of fitted values with an interval as wide as theirs: layers of one update err together."""
+    value, low, high = (float(group[end].mean()) for end in ("value", "low", "high"))
+    return value, low, high
 
 
 # --- one number along an axis -----------------------------------------------------------------------------------------
 
-_FOLLOWS = {"batch_size": ("batch_sizes",), "local_steps": ("sends", "batches_per_epoch"), "clients": ()}
+_FOLLOWS = {"local_steps": ("batches_per_epoch",)}
 """Columns that change along with an axis."""
+_NAMES = [field.name for field in MEASURE_FIELDS]
 _SAME = (
-    *("dataset", "normalise", "architecture", "architecture_init", "architecture_params", "stage"),
-    *("batch_size", "batch_sizes", "sampler", "sampler_alpha", "sampler_classes"),
-    *("sends", "local_steps", "lr", "batches", "batches_per_epoch", "batch_norm", "clients", "weighting"),
-    *("attribute", "attribute_value", "attribute_mix", "target"),
-    *("defense_label", "measure", "measure_params", "quantity"),
+    *("season_commitment", "benchmark_version", "dataset_fingerprint", "model_draws"),
+    *_NAMES[_NAMES.index("target") : _NAMES.index("dataset_fingerprint")],
+    *_NAMES[_NAMES.index("normalise") : _NAMES.index("checkpoint_sha256")],
+    *_NAMES[_NAMES.index("batch_size") : _NAMES.index("measure")],
+    *("measure", "measure_params", "defense_label", "quantity"),
 )
+"""What rows must agree on, but for the axis: everything about task, client and threat model."""
 
 
 def _along(axis: str, quantity: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -211,25 +224,42 @@ def _residual(withheld: Sequence[str], quantity: str, rows: pd.DataFrame) -> Ite
 
 
 def _attacked(withheld: Sequence[str], metric: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    rows = rows[rows[metric].notna()]
-    sign = 1 if METRICS[metric].higher_is_better else -1
+    """Compare the best attacks; a trial that failed counts as chance or floor where nothing is protected.
+
+    Where an attack of the undefended client failed or was not run against a defense, that comparison is undecided: its
+    failure protects nothing.
+    """
+    spec = METRICS[metric]
+    sign = 1 if spec.higher_is_better else -1
+    rows = rows[rows[spec.reference].notna() | rows[metric].notna()]
     for _, part in rows.groupby("task_hash", sort=True):
-        undefended = part[part["defense_label"] == "none"]
-        protected = part[part["defense_label"].isin(list(withheld))]
+        tried = part[part["status"] != "not_applicable"]
+        undefended = tried[tried["defense_label"] == "none"]
         if not len(undefended):
             continue
-        before = _strongest(undefended, metric, sign)
-        for label, own in protected.groupby("defense_label", sort=True):
-            after = _strongest(own, metric, sign)
-            line = _of_pairs(before[metric] * sign, after[metric] * sign, part["task_hash"].iloc[0], label)
-            note = f"{before['attack_label'].iloc[0]} against {after['attack_label'].iloc[0]}"
+        before = _strongest(undefended, spec, sign)
+        for label in withheld:
+            own = tried[tried["defense_label"] == label]
+            if not len(own):
+                continue
+            declined = set(part.loc[part["defense_label"] == label, "attack_label"]) - set(own["attack_label"])
+            lacking = set(undefended["attack_label"]) - set(own["attack_label"]) - declined
+            lacking |= set(own.loc[own["status"] != "ok", "attack_label"])
+            after = _strongest(own, spec, sign)
+            line = _of_pairs(before["_value"] * sign, after["_value"] * sign, part["task_hash"].iloc[0], label)
             line |= {"more": sign * line.pop("a"), "less": sign * line.pop("b")}
+            note = f"{before['attack_label'].iloc[0]} against {after['attack_label'].iloc[0]}"
+            if lacking:
+                line |= {"low": -np.inf, "high": np.inf}
+                note = f"failed or not run against the defense: {', '.join(sorted(lacking))}"
             yield {"setting": f"{part['task'].iloc[0]}: none against {label}", **line, "note": note}
 
 
-def _strongest(rows: pd.DataFrame, metric: str, sign: int) -> pd.DataFrame:
+def _strongest(rows: pd.DataFrame, spec: MetricSpec, sign: int) -> pd.DataFrame:
     """Return the rows, by trial, of the attack with the best mean."""
-    means = rows.groupby("attack_label")[metric].mean() * sign
+    ok = (rows["status"] == "ok") & rows[spec.name].notna()
+    rows = rows.assign(_value=rows[spec.name].where(ok, rows[spec.reference]))
+    means = rows.groupby("attack_label")["_value"].mean() * sign
     return rows[rows["attack_label"] == means.idxmax()].set_index("trial").sort_index()
 
 

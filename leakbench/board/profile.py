@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -206,7 +207,15 @@ def render(tables: dict[str, pd.DataFrame], form: str) -> bytes:
             figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
             return buffer.getvalue()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _described(buffer.getvalue().decode(), describe(tables)).encode()
+    return _described(_numbered(buffer.getvalue().decode()), describe(tables)).encode()
+
+
+def _numbered(svg: str) -> str:
+    """Name clipping paths in their order: matplotlib names some by their place in memory."""
+    found = dict.fromkeys(re.findall(r"\bp[0-9a-f]{10}\b", svg))
+    for number, name in enumerate(found):
+        svg = svg.replace(name, f"clip{number}")
+    return svg
 
 
 def describe(tables: dict[str, pd.DataFrame]) -> str:

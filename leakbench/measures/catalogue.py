@@ -57,7 +57,8 @@ class MeasureSpec:
         source: Authors, year, arXiv id.
         params: Parameters with their defaults.
         fitted: Whether it is fitted over all trials of a cell, which are then one block.
-        needs: ``attribute`` where the task must ask for one; ``mechanism`` where the defense must declare its noise.
+        needs: ``attribute`` where the task must ask for one; ``mechanism`` where the defense must declare its noise;
+            ``shared_model`` where updates of different trials are compared.
     """
 
     name: str

@@ -163,8 +163,8 @@ def standardised(features: NDArray[np.float32] | Floats, fit: int) -> Floats:
 def coordinates(products: Floats, fit: int, most: int | None = None) -> Floats:
     """Return principal coordinates (n, r) of the first ``fit`` rows, and of the others on the same axes.
 
-    They keep these rows' inner products ``products`` (n, n), so a rule with an L2 penalty loses nothing by them. Of rows
-    that are all zero, as where a layer is withheld, there is one coordinate, 0.
+    They keep these rows' inner products ``products`` (n, n), so a rule with an L2 penalty loses nothing by them. Rows
+    that are all zero, as where a layer is withheld, have one coordinate, 0.
     """
     values, axes = np.linalg.eigh(products[:fit, :fit])
     values, axes = values[::-1][:most], axes[:, ::-1][:, :most]

@@ -15,8 +15,12 @@ from leakbench.measures.sensitivity import frobenius
 from leakbench.measures.spectrum import grams, top, trials_of_grams
 from leakbench.measures.subject import ALL, Profile, Subject
 
-NO_ATTACKER = 1e30
-"""Mean squared error of unbiased attackers where there are none: some direction does not show in the update at all."""
+LARGEST = 1.0
+"""Greatest bound on a mean squared error that is stated: intensities lie in [0, 1], where no error is greater.
+
+Where some direction does not show in the update at all, no attacker is unbiased, and the bound would be infinite: means
+over trials would be made of those few.
+"""
 
 _SINGULAR = 1e-12
 
@@ -108,7 +112,8 @@ def bayes_cramer_rao(subject: Subject, *, probes: int = 64, train: int = 256) ->
     Args:
         subject: With auxiliary trials.
         probes: Products with the Jacobian per trial.
-        train: Auxiliary trials that the prior is fitted to.
+        train: Auxiliary trials; the prior is fitted to the first image of each. Few images make a tighter prior than
+            there is, and so a lower bound; the interval does not hold that.
 
     Raises:
         NotApplicable: The defense declares no noise, or there are no auxiliary trials or fewer than two of either.
@@ -117,21 +122,27 @@ def bayes_cramer_rao(subject: Subject, *, probes: int = 64, train: int = 256) ->
     if auxiliary is None or min(auxiliary.trials, subject.trials) < 2:
         raise NotApplicable(f"needs two trials and two auxiliary ones, of train={train}")
     found = by_trial(subject, partial(_whole_energy, probes=probes))["energy"] / subject.images[0].numel() * precision
-    prior = ledoit_wolf_precision(auxiliary.images.flatten(0, 1).flatten(1))
+    # One image of each trial, so that the prior does not depend on the batch size.
+    prior = ledoit_wolf_precision(auxiliary.images[:, 0].flatten(1))
     mean = mean_with_interval(found.cpu().numpy(), "bayes_cramer_rao")
     value, high, low = (torch.tensor([van_trees(end, prior)], dtype=torch.float64) for end in mean)
-    return {"mse_bound_bayes": Profile((ALL,), value, low, high, n=subject.trials)}
+    blind = torch.tensor([van_trees(0.0, prior)], dtype=torch.float64)
+    return {
+        "mse_bound_bayes": Profile((ALL,), value, low, high, n=subject.trials),
+        "mse_bound_prior": Profile((ALL,), blind, n=subject.trials),
+    }
 
 
 def unbiased_error(information: Tensor) -> Tensor:
     """Return tr(I^-1) / d (T,), the least mean squared error of unbiased attackers (Cramer-Rao).
 
     Args:
-        information: (T, d, d) Fisher information I. Where it is singular, the result is `NO_ATTACKER`.
+        information: (T, d, d) Fisher information I. Where it is singular, and beyond it, the result is `LARGEST`.
     """
     values = torch.linalg.eigvalsh(information.double())
     regular = values[:, 0] > _SINGULAR * values[:, -1]
-    return torch.where(regular, torch.where(regular[:, None], values, 1).reciprocal().mean(1), NO_ATTACKER)
+    error = torch.where(regular[:, None], values, 1).reciprocal().mean(1)
+    return torch.where(regular, error.clamp_max(LARGEST), LARGEST)
 
 
 def van_trees(information: float, prior: float) -> float:
@@ -177,7 +188,7 @@ def _information(jacobian: Jacobian, probes: int, iterations: int) -> tuple[Tens
 
 
 def _inverse(information: Tensor) -> Tensor:
-    return torch.where(information > 1 / NO_ATTACKER, information.clamp_min(1 / NO_ATTACKER).reciprocal(), NO_ATTACKER)
+    return information.clamp_min(1 / LARGEST).reciprocal()
 
 
 def _profiles(subject: Subject, found: dict[str, Tensor]) -> dict[str, Profile]:

@@ -26,5 +26,8 @@ def noisy(cohort: Clients) -> Mechanism:
     """
     mechanism = promised(cohort)
     if mechanism is None or mechanism.std == 0:
-        raise NotApplicable("the defense declares no Gaussian noise; try dp_sgd or clip_l2+gaussian_noise")
+        raise NotApplicable(
+            "the defense declares no Gaussian noise on what is sent (noise in one of several local steps is none); try "
+            "dp_sgd with one step, or clip_l2+gaussian_noise"
+        )
     return mechanism

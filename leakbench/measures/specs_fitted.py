@@ -43,7 +43,7 @@ for _spec in (
         source=f"{_XU}; ladder after Melis et al. 2019, arXiv 1805.04049 and Nasr et al. 2019, arXiv 1812.00910",
         params={"train": 512, "families": ",".join(_RUNGS)},
         fitted=True,
-        needs=frozenset({"attribute"}),
+        needs=frozenset({"attribute", "shared_model"}),
     ),
     MeasureSpec(
         name="v_information_original",
@@ -78,6 +78,7 @@ for _spec in (
         source=f"{_XU}; estimator ours",
         params={"train": 512},
         fitted=True,
+        needs=frozenset({"shared_model"}),
     ),
     MeasureSpec(
         name="subspace_distance",
@@ -118,7 +119,7 @@ for _spec in (
         source="concept: Mo et al. 2021, arXiv 2105.13929; permutation null, effect size and probe are ours",
         params={"k": 10, "permutations": 200, "projection": 4096, "train": 512},
         fitted=True,
-        needs=frozenset({"attribute"}),
+        needs=frozenset({"attribute", "shared_model"}),
     ),
 ):
     MEASURES.register(_spec.name, _spec)

@@ -20,7 +20,8 @@ for _spec in (
                 "proved_bound",
                 "1/intensity",
                 True,
-                f"s_1 / sigma: the standard deviation of some direction is at least 1 / eta, {_UNBIASED}; {_NOISE}",
+                f"s_1 / sigma, s_1 approached from below: the deviation of some direction is at least 1 / eta, "
+                f"{_UNBIASED}; {_NOISE}",
             ),
             Quantity(
                 "dfil",
@@ -30,7 +31,13 @@ for _spec in (
                 f"||J_l||_F^2 / (d sigma^2): the mean squared error per pixel is at least 1 / dfil, {_UNBIASED}; of a "
                 "layer: if nothing else were sent; relative standard error at most sqrt(2/probes)",
             ),
-            Quantity("mse_bound_unbiased", "proved_bound", "intensity^2", False, f"1 / dfil, {_UNBIASED}"),
+            Quantity(
+                "mse_bound_unbiased",
+                "proved_bound",
+                "intensity^2",
+                False,
+                f"1 / dfil, at most 1, {_UNBIASED}; estimated from as many probes as dfil",
+            ),
         ),
         cost="probes x 1.2 to 1.6 gradients for all layers, and iterations x 3",
         source="Hannun, Guo, van der Maaten 2021, arXiv 2102.11673; Guo, Karrer, Chaudhuri, van der Maaten 2022, arXiv "
@@ -46,7 +53,7 @@ for _spec in (
         quantities=(
             Quantity("reference_fil_eta", "proxy", "1/intensity", True, "s_1 / sigma, sigma the reference noise"),
             Quantity("reference_dfil", "proxy", "1/intensity^2", True, "||J_l||_F^2 / (d sigma^2)"),
-            Quantity("reference_mse", "proxy", "intensity^2", False, "d sigma^2 / ||J||_F^2"),
+            Quantity("reference_mse", "proxy", "intensity^2", False, "d sigma^2 / ||J||_F^2, at most 1"),
         ),
         cost="as fisher",
         source="as fisher; the reference noise, reference_noise root mean squares of the update, is ours",
@@ -63,7 +70,7 @@ for _spec in (
                 "proved_bound",
                 "intensity^2",
                 False,
-                f"sigma^2 tr((J^T J)^-1) / d, {_UNBIASED}; 1e30 where J^T J is singular, so that there are none",
+                f"sigma^2 tr((J^T J)^-1) / d, {_UNBIASED}; at most 1, also where J^T J is singular",
             ),
         ),
         cost="d x 1.2 to 1.6 gradients",
@@ -84,6 +91,13 @@ for _spec in (
                 False,
                 "1 / (mean dfil + tr(Sigma^-1) / d), Sigma the Ledoit-Wolf covariance of auxiliary images; assumes "
                 "that prior, which real images do not have",
+            ),
+            Quantity(
+                "mse_bound_prior",
+                "proved_bound",
+                "intensity^2",
+                None,
+                "d / tr(Sigma^-1): the same without any update; what leaks is the difference to it",
             ),
         ),
         cost="as fisher, without iterations",

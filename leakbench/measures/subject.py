@@ -153,7 +153,8 @@ class Subject:
             first += size
         mean = total.mean()
         if cohort.protocol.sends == "weights":
-            return {name: self.model.parameters[name] - value for name, value in mean.items()}
+            start, withheld = self.model.parameters, self.defense.withholds(self.model)
+            return {name: value if name in withheld else start[name] - value for name, value in mean.items()}
         return mean
 
     def by_layer(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:

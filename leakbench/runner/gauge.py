@@ -69,8 +69,6 @@ class MeasureRole(ClientRole):
     def _subject(self) -> Subject:
         auxiliary = None
         if own := self.auxiliary:
-            if self.model.draws != 1:
-                raise NotApplicable("compares trials, which must share a model; write model_draws: one in the suite")
             random = TrialRandom(own["seeds"], device=self.device)
             auxiliary = self._clients(own["images"], own["labels"], random, truth=own.get("truth"))
         return self._clients(

@@ -99,6 +99,8 @@ class MeasureRunner(Runner):
         task, spec, scenes = job.task, MEASURES.get(job.attack.name), self._shop.scenes
         if "attribute" in spec.needs and task.attribute is None:
             raise NotApplicable("needs a task that asks for an attribute; write target: attribute in the suite")
+        if "shared_model" in spec.needs and len(weights.draws) > 1:
+            raise NotApplicable("compares trials, which must share a model; write model_draws: one in the suite")
         body, blobs = client_request(self._shop, job, weights, victims, scenes.order(task, job.trials))
         body["attribute"] = None if task.attribute is None else task.attribute.model_dump_json()
         if victims.truth is not None:

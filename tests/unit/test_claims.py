@@ -63,22 +63,46 @@ def claim(**fields):
     [
         ({"a": 1.0, "b": 0.2, "c": 0.3}, "agrees"),
         ({"a": 0.1, "b": 0.2, "c": 0.9}, "differs"),
-        ({"a": 0.5, "b": 0.2, "c": 0.45}, "undecided"),
+        ({"a": 0.5, "b": 0.4, "c": 0.55}, "undecided"),
     ],
 )
-def test_the_layer_that_holds_most_decides(values, verdict):
+def test_the_means_of_the_groups_decide(values, verdict):
     (line,) = verdicts([claim(layers=["first_third", "later"])], fitted(values), pd.DataFrame()).to_dict("records")
     assert line["verdict"] == verdict
     assert line["more"] == values["a"]
-    assert line["less"] == max(values["b"], values["c"])
+    np.testing.assert_allclose(line["less"], (values["b"] + values["c"]) / 2)
     width = np.hypot(0.1, 0.1)
     np.testing.assert_allclose([line["high"] - line["difference"], line["difference"] - line["low"]], width)
+
+
+def test_a_group_of_more_layers_is_not_favored():
+    """Twenty layers against one, all alike but for noise: the greatest of twenty would win."""
+    names = [f"l{i}" for i in range(21)]
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(40):
+        values = rng.normal(1, 0.1, size=(30, 21))
+        rows = pd.concat(
+            fitted(dict.fromkeys(names, 0.0)).assign(
+                value=own, trial=t, depth=range(21), layer_kind=["linear"] + ["convolution"] * 20
+            )
+            for t, own in enumerate(values)
+        )
+        (line,) = verdicts([claim(layers=["dense", "not_dense"])], rows, pd.DataFrame()).to_dict("records")
+        wrong += line["verdict"] != "undecided"
+    assert wrong <= 7  # 2 expected
+
+
+def test_what_has_no_interval_is_not_counted():
+    rows = fitted({"a": 1.0, "b": 0.2, "c": 0.3}).assign(low=np.nan, high=np.nan)
+    assert verdicts([claim(layers=["first_third", "later"])], rows, pd.DataFrame()).empty
 
 
 def test_dense_layers_are_those_that_are_linear_and_a_net_without_others_says_nothing():
     rows = fitted({"a": 0.1, "b": 0.2, "c": 0.9})
     (line,) = verdicts([claim(layers=["dense", "not_dense"])], rows, pd.DataFrame()).to_dict("records")
-    assert (line["more"], line["less"], line["note"]) == (0.9, 0.2, "c against b")
+    np.testing.assert_allclose([line["more"], line["less"]], [0.9, 0.15])
+    assert line["note"] == "1 layers against 2 layers"
     assert verdicts([claim(layers=["dense", "not_dense"])], rows[rows["layer"] == "c"], pd.DataFrame()).empty
 
 
@@ -98,6 +122,8 @@ def test_an_axis_is_compared_from_its_smallest_value_within_what_else_is_equal()
     table = verdicts([claim(axis="batch_size")], rows, pd.DataFrame())
     assert sorted(table["setting"]) == [f"t: batch_size 1 against {size}" for size in (16, 16, 4, 4)]
     assert set(table["verdict"]) == {"agrees"}
+    other = pd.concat([rows, fitted({"all": -9.0}, half=0.01, batch_size=4, stage="x", momentum=0.9)])
+    assert len(verdicts([claim(axis="batch_size")], other, pd.DataFrame())) == 4  # another client is another series
     alone = fitted({"all": 1.0}, batch_size=1)
     assert verdicts([claim(axis="batch_size")], alone, pd.DataFrame()).empty
 
@@ -105,7 +131,9 @@ def test_an_axis_is_compared_from_its_smallest_value_within_what_else_is_equal()
 def attacked(quality, *, defense="none", trials=12):
     return pd.DataFrame(
         [
-            TASK | {"attack_label": name, "defense_label": defense, "trial": t, "psnr": value + t / 100, "mse": -value}
+            TASK
+            | {"attack_label": name, "defense_label": defense, "trial": t, "psnr": value + t / 100, "mse": -value}
+            | {"psnr_floor": 8.0, "mse_floor": -8.0}
             for name, value in quality.items()
             for t in range(trials)
         ]
@@ -127,6 +155,27 @@ def test_protection_is_judged_by_the_best_attack_on_each_side(metric):
     assert line["note"] == "p against q"
     np.testing.assert_allclose(line["difference"], 11.0)
     assert line["verdict"] == "agrees"
+
+
+def test_an_attack_that_failed_protects_nothing():
+    before = attacked({"p": 30.0, "q": 20.0})
+    after = attacked({"p": np.nan, "q": 19.0}, defense="w")
+    after.loc[after["attack_label"] == "p", "status"] = "timeout"
+    for rows in (pd.concat([before, after]), pd.concat([before, after[after["attack_label"] == "q"]])):
+        (line,) = verdicts([claim(quantities=["psnr"], withheld=["w"])], pd.DataFrame(), rows).to_dict("records")
+        assert line["verdict"] == "undecided"
+        assert line["note"] == "failed or not run against the defense: p"
+
+
+def test_an_attack_that_failed_in_most_trials_is_not_the_best_undefended_one():
+    """Two lucky trials of twelve: the others count as the floor."""
+    before = attacked({"p": 30.0, "q": 20.0})
+    failed = (before["attack_label"] == "p") & (before["trial"] > 1)
+    before.loc[failed, ["status", "psnr"]] = ["error", np.nan]
+    rows = pd.concat([before, attacked({"p": 5.0, "q": 19.0}, defense="w")])
+    (line,) = verdicts([claim(quantities=["psnr"], withheld=["w"])], pd.DataFrame(), rows).to_dict("records")
+    assert line["note"] == "q against q"
+    np.testing.assert_allclose(line["difference"], 1.0)
 
 
 def test_what_is_left_in_the_update_is_judged_like_attacks():

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from leakbench import NotApplicable
 from leakbench.measures.fisher import (
-    NO_ATTACKER,
+    LARGEST,
     bayes_cramer_rao,
     cramer_rao,
     fisher,
@@ -94,11 +94,11 @@ def test_the_cramer_rao_bound_is_what_least_squares_reaches():
 
 def test_where_a_pixel_is_not_seen_no_unbiased_attacker_exists():
     information = torch.diag_embed(torch.tensor([[4.0, 1.0], [4.0, 0.0], [0.0, 0.0]]))
-    assert unbiased_error(information).tolist() == [0.625, NO_ATTACKER, NO_ATTACKER]
+    assert unbiased_error(information).tolist() == [0.625, LARGEST, LARGEST]
     own = subject(parts=NOISE, batch=20)  # 320 pixels, 143 parameters
     with pytest.raises(NotApplicable, match="at most 256 pixels, got 320"):
         cramer_rao(own)
-    assert (cramer_rao(own, exact=320)["mse_bound_cramer_rao"].values == NO_ATTACKER).all()
+    assert (cramer_rao(own, exact=320)["mse_bound_cramer_rao"].values == LARGEST).all()
 
 
 def test_clipping_hides_what_is_only_length():
@@ -161,14 +161,16 @@ def test_the_prior_is_that_of_scikit_learn(count):
 
 
 def test_the_bound_for_all_attackers_joins_information_and_prior():
-    auxiliary = subject(trials=40)
+    auxiliary = subject(trials=100)
     # A uniform pixel has variance 1/12, so its Gaussian has information 12.
     auxiliary.images = torch.rand(auxiliary.images.shape, generator=torch.Generator().manual_seed(3)).double()
     own = subject(parts=NOISE, trials=6, auxiliary=auxiliary)
-    found = bayes_cramer_rao(own, probes=1000)["mse_bound_bayes"]
+    both = bayes_cramer_rao(own, probes=1000)
+    found = both["mse_bound_bayes"]
     dfil = column(fisher(own, probes=1000)["dfil"]).mean()
-    prior = ledoit_wolf_precision(auxiliary.images.flatten(0, 1).flatten(1))
+    prior = ledoit_wolf_precision(auxiliary.images[:, 0].flatten(1))
     assert prior == pytest.approx(12, rel=0.1)
+    assert float(both["mse_bound_prior"].values) == pytest.approx(1 / prior)
     assert float(found.values) == pytest.approx(float(1 / (dfil + prior)), rel=1e-9)
     assert float(found.low) <= float(found.values) <= float(found.high) <= 1 / prior
     assert found.n == 6

@@ -7,9 +7,10 @@ import torch
 from inversion_blocks import observe, psnr
 from leakbench_baselines.attacks.inverting_gradients import InvertingGradients
 from leakbench_baselines.defenses.withhold_layers import WithholdLayers
+from measure_subjects import subject
 
 from leakbench import UserError
-from leakbench.tasks import Architecture
+from leakbench.tasks import Architecture, Protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NET = Architecture(name="lenet_zhu", init="uniform(0.5)")
@@ -61,3 +62,12 @@ def test_an_unknown_layer_is_an_error_that_names_the_known_ones():
         observe(net=NET, defense=WithholdLayers(layers="conv9"))
     with pytest.raises(UserError, match="first: expected at least 0"):
         WithholdLayers(first=-1)
+
+
+@pytest.mark.parametrize("sends", ["gradient", "delta", "weights"])
+def test_measures_see_no_change_where_nothing_is_sent(sends):
+    own = subject("mlp", Protocol(sends=sends), [WithholdLayers(first=0, last=1)])
+    bare = subject("mlp", Protocol(sends=sends))
+    for name, value in own.update().items():
+        expected = torch.zeros_like(value) if name.startswith("fc.") else bare.update()[name]
+        torch.testing.assert_close(value, expected)
