@@ -29,6 +29,7 @@ def test_inputs_get_independent_normal_noise_and_labels_stay():
     noise = ((noisy - inputs) / 0.3).flatten()
     assert noise.dtype == torch.float64
     assert stats.kstest(noise.numpy(), stats.norm.cdf).pvalue > 1e-3
+    assert noise.std().item() == pytest.approx(1, abs=6 / (2 * len(noise)) ** 0.5)
     between = torch.corrcoef(((noisy - inputs) / 0.3).flatten(0, 1).flatten(1)) - torch.eye(60)
     assert between.abs().max() < 6 / 64**0.5
 
