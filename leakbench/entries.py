@@ -123,6 +123,8 @@ class EntrySpec:
             "params": dict(self.params),
             "source_sha256": self.description.source_sha256,
         }
+        if self.source is not None and self.source.module is None:
+            content["class_name"] = self.description.class_name  # a file may hold several
         labels = str(self.params.get("labels")).partition("(")[0].strip()
         if labels in installed("attack"):
             # Another entry that runs first; its parameters are in the name, its code is not.

@@ -146,7 +146,7 @@ def _measure(spec: MeasureSpec) -> Item:
     """Return a measure with the kind and unit of every quantity in its summary."""
     told = ", ".join(f"{q.name} ({q.kind}, {q.unit})" for q in spec.quantities)
     content: Item = dataclasses.asdict(spec)
-    return {**content, "needs": sorted(spec.needs), "summary": f"{spec.summary}: {told}"}
+    return {**content, "needs": sorted(spec.needs), "summary": f"{spec.summary} Gives {told}."}
 
 
 def _dataset(spec: Any) -> Item:

@@ -93,7 +93,13 @@ def _sync_directory(path: Path) -> None:
 
 
 def write_job(
-    out: Path, job_id: str, season: str, rows: Sequence[Mapping[str, Any]], fields: Sequence[Field] = ROW_FIELDS
+    out: Path,
+    job_id: str,
+    season: str,
+    rows: Sequence[Mapping[str, Any]],
+    fields: Sequence[Field] = ROW_FIELDS,
+    *,
+    statuses: Mapping[str, int] | None = None,
 ) -> Path:
     """Write the rows of a job: all of them or, on a crash at any moment, none.
 
@@ -103,6 +109,7 @@ def write_job(
         season: Season of the rows.
         rows: One mapping per trial with every column; see `blank_row`.
         fields: The columns.
+        statuses: Trials per status; of rows that are one per trial, counted from them.
 
     Raises:
         ValueError: A row has an unknown, missing or wrongly typed column.
@@ -120,7 +127,7 @@ def write_job(
         "leakbench.rows": str(len(rows)),
         "leakbench.schema_version": str(SCHEMA_VERSION),
         "leakbench.code_sha256": str(rows[0]["code_sha256"]),
-        "leakbench.statuses": json.dumps(Counter(row["status"] for row in rows)),
+        "leakbench.statuses": json.dumps(statuses or Counter(row["status"] for row in rows)),
     }
     try:
         table = pa.Table.from_pylist(list(rows), schema=arrow_schema(fields).with_metadata(summary))
@@ -173,7 +180,7 @@ class JobFile:
         rows: Number of rows.
         schema_version: Schema of the writer.
         code_sha256: Hash of the writer's number-moving modules.
-        statuses: Rows per status.
+        statuses: Trials per status.
     """
 
     path: Path
@@ -318,6 +325,8 @@ def read_files(directories: Sequence[Path], command: str) -> pd.DataFrame:
 def _latest(rows: pd.DataFrame, same: Sequence[str]) -> pd.DataFrame:
     """Keep, of the rows that agree in ``same``, that of the widest and then latest block."""
     width = rows["block_stop"] - rows["block_start"]
-    order = rows.assign(_width=width).sort_values(["_width", "utc"], kind="stable").index
-    kept = rows.loc[order].drop_duplicates(list(same), keep="last")
+    # Failed measures have no trial: one row stands for its block.
+    block = rows["block_start"].where(rows["status"] != "ok", -1) if "measure" in rows else 0
+    order = rows.assign(_width=width, _block=block).sort_values(["_width", "utc"], kind="stable")
+    kept = order.drop_duplicates([*same, "_block"], keep="last").drop(columns=["_width", "_block"])
     return kept.sort_index().reset_index(drop=True)

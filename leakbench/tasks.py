@@ -354,8 +354,8 @@ class Task(Part):
     def lane(self) -> str | None:
         """The board this task belongs to (DESIGN.md section 1), or None for a combination without a rank."""
         protocol, threat = self.protocol, self.threat_model
-        if self.target == "labels" and threat.labels:
-            return None
+        if self.target != "inputs" and threat.labels:
+            return None  # they are the answer, or tell it
         if threat.adversary == "malicious_server":
             return "malicious_server"
         if self.target in INFERENCE:

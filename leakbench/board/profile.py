@@ -49,7 +49,7 @@ class Panel:
 PANELS = (
     Panel("original", "sensitivity_share", "proxy", "share of squared\nsensitivity"),
     Panel("original", "v_information_original", "lower_bound", "share of V-information\nabout the images", share=True),
-    Panel("latent", "usable_share", "lower_bound", "usable share of the\nattribute's bit", neutral=0),
+    Panel("latent", "v_information", "lower_bound", "bits about\nthe attribute", neutral=0),
     Panel("latent", "latent_specificity", "proxy", "latent specificity", neutral=1),
     Panel("latent", "subspace_z", "proxy", "subspace distance z", neutral=0),
 )

@@ -100,7 +100,26 @@ def resolve_measure(text: str) -> EntrySpec:
         reads=("*",),
         params=spec.params,
     )
-    return EntrySpec(description, merge_params(description, calls[0].params), None)
+    params = merge_params(description, calls[0].params)
+    for name, value in params.items():
+        _check(f"measure {spec.name}: {name}", name, value, spec.params[name])
+    return EntrySpec(description, params, None)
+
+
+def _check(where: str, name: str, value: Value, default: Value) -> None:
+    """Check a parameter: counts are at least 1, other numbers above 0, chances below 1, words out of the default's."""
+    if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, int) and value < 1:
+        raise UserError(f"{where}: expected at least 1, got {value}; write {name}={default}")
+    if isinstance(default, float) and isinstance(value, float):
+        most = 1.0 if name in ("kappa", "delta") else float("inf")
+        if not 0 < value < most:
+            limit = f" and less than {most:g}" if most < float("inf") else ""
+            raise UserError(f"{where}: expected more than 0{limit}, got {value}; write {name}={default}")
+    if isinstance(default, str) and isinstance(value, str):
+        known = default.split(",")
+        for word in (word.strip() for word in value.split(",")):
+            if word not in known:
+                raise UserError(f"{where}: expected some of {default}, got {word!r}; write {name}={default!r}")
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------

@@ -73,6 +73,21 @@ def truths(subject: Subject, train: int) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
+def distinct(subject: Subject, train: int) -> NDArray[np.int64]:
+    """Return the places, among auxiliary trials and victims, of those that share no image with one before."""
+    seen: set[bytes] = set()
+    kept = []
+    for own in (auxiliary(subject, train), subject):
+        for trial in own.images.cpu().numpy():
+            images = {image.tobytes() for image in trial}
+            if seen.isdisjoint(images):
+                kept.append(True)
+                seen |= images
+            else:
+                kept.append(False)
+    return np.flatnonzero(kept)
+
+
 def sides(trials: int) -> tuple[int, int]:
     """Return the auxiliary trials that rules are fitted to, and those that calibrate them."""
     validation = max(1, round(VALIDATION * trials))

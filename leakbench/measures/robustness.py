@@ -38,7 +38,6 @@ def robustness(subject: Subject, *, kappa: float = 0.1, delta: float = 1e-5) -> 
     mechanism = noisy(subject.cohort)
     if not math.isfinite(mechanism.update):
         raise NotApplicable("the noise has no bound beside it; clip as well: dp_sgd or clip_l2+gaussian_noise")
-    subject.part(0, 1).update()  # nothing is promised by a client that cannot run
     rounds = math.sqrt(subject.cohort.protocol.rounds)
     example, update = rounds * mechanism.mu_example, rounds * mechanism.mu_update
     values = {

@@ -26,7 +26,7 @@ for _spec in (
                     "lower_bound",
                     "bit",
                     True,
-                    f"H(p) - H(p | g_l), cross-entropies on the victims: {rung}; Platt-calibrated",
+                    f"1 bit of a fair coin less the cross-entropy on the victims: {rung}; Platt-calibrated",
                 )
                 for name, rung in _RUNGS.items()
             ),
@@ -37,7 +37,6 @@ for _spec in (
                 True,
                 "that of the rung which is best on the calibration rows; raw, so chance may make it negative",
             ),
-            Quantity("usable_share", "lower_bound", "1", True, "v_information / H(p), interval divided alike"),
         ),
         cost="train + T gradients in all; then 2 to 10 s per layer for train=512",
         source=f"{_XU}; ladder after Melis et al. 2019, arXiv 1805.04049 and Nasr et al. 2019, arXiv 1812.00910",

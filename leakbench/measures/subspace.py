@@ -10,9 +10,10 @@ from scipy.linalg import eigh
 from scipy.stats import rankdata
 from sklearn.linear_model import RidgeCV
 
+from leakbench.errors import NotApplicable
 from leakbench.keys import PUBLIC_KEY, seed
 from leakbench.measures.features import Floats, coordinates, kernel, sketch
-from leakbench.measures.fitted import both_sides, profile, truths
+from leakbench.measures.fitted import FEWEST, both_sides, distinct, profile, truths
 from leakbench.measures.subject import Profile, Subject
 
 RANK = 128
@@ -40,7 +41,8 @@ def subspace_distance(
 ) -> dict[str, Profile]:
     """Compare the top-k subspaces of each layer's updates with and without the attribute.
 
-    All observations, auxiliary and victims, are pooled for the distance, equally many of each group. The probe is
+    All observations, auxiliary and victims, are pooled for the distance, equally many of each group, without those that
+    share an image with an earlier one: an image is always on the same side, so that relabelings would not. The probe is
     fitted to the auxiliary ones and scored on the victims. Without taking the mean away, a direction that all updates
     share hides most of what differs; with it, a mere shift of the mean puts both groups on the same axis and is
     invisible. Both are given, and the effect size and the probe, which see shifts of the mean.
@@ -53,9 +55,15 @@ def subspace_distance(
         train: Auxiliary trials.
 
     Raises:
-        NotApplicable: There are too few trials with or without the attribute.
+        NotApplicable: There are too few trials with or without the attribute, or too few images for them.
     """
     truth, held_out = truths(subject, train), subject.trials
+    apart = distinct(subject, train)
+    if (fewest := int(np.bincount(truth[apart], minlength=2).min())) < FEWEST:
+        raise NotApplicable(
+            f"needs {FEWEST} trials with the attribute and as many without that share no image, got {fewest}; lower "
+            "the batch size or the number of clients"
+        )
     maps = {"sketch": sketch(projection)}
     layers = both_sides(subject, train, maps, steps=len(subject.layers) + 1, whole=maps)["sketch"]
     columns: dict[str, list[float]] = {}
@@ -63,8 +71,9 @@ def subspace_distance(
     fit = len(truth) - held_out
     for done, (layer, rows) in enumerate(layers.items()):
         features = rows.astype(np.float64)
-        plain = distance(features, truth, k=k, permutations=permutations, names=(layer, "uncentred"))
-        centred = distance(features, truth, k=k, permutations=permutations, names=(layer, "centred"), centre=True)
+        own, sides = features[apart], truth[apart]
+        plain = distance(own, sides, k=k, permutations=permutations, names=(layer, "uncentred"))
+        centred = distance(own, sides, k=k, permutations=permutations, names=(layer, "centred"), centre=True)
         auc, *interval = held_out_auc(features, truth, fit, layer)
         values = {
             "subspace_distance": plain.share,
@@ -73,14 +82,14 @@ def subspace_distance(
             "subspace_distance_centred": centred.share,
             "subspace_z_centred": centred.z,
             "subspace_p_centred": centred.p,
-            "subspace_effect": effect_size(features, truth),
+            "subspace_effect": effect_size(own, sides),
             "subspace_probe_auc": auc,
         }
         for name, value in values.items():
             columns.setdefault(name, []).append(value)
         ends.append((interval[0], interval[1]))
         subject.progress(len(truth) + done + 1, len(truth) + len(layers))
-    pooled = 2 * int(min(truth.sum(), len(truth) - truth.sum()))
+    pooled = 2 * int(np.bincount(truth[apart]).min())
     profiles = {name: profile(tuple(layers), values, n=pooled) for name, values in columns.items()}
     profiles["subspace_probe_auc"] = profile(tuple(layers), columns["subspace_probe_auc"], ends, n=held_out)
     return profiles

@@ -37,8 +37,9 @@ def v_information(
 ) -> dict[str, Profile]:
     """Measure how many bits about the attribute each layer gives to classifiers that were fitted to auxiliary trials.
 
-    I_V = H_V(p) - H_V(p | g_l): cross-entropy of the fitted prior less that of the calibrated classifier, on the
-    victims. It may be negative by chance.
+    I_V = H_V(p) - H_V(p | g_l), where H_V(p) is 1 bit, because truths are fair coins, and H_V(p | g_l) the
+    cross-entropy of the calibrated classifier on the victims. It may be negative by chance. Trials that calibrate may
+    share images with those that were fitted to; victims share none with either.
 
     Args:
         subject: With truth, and auxiliary trials.
@@ -61,16 +62,14 @@ def v_information(
     seen = both_sides(subject, train, maps, steps=len(subject.layers) + 1)
     layers = {layer: [layer] for layer in subject.layers} | {ALL: list(subject.layers)}
     found: dict[str, dict[str, Interval]] = {f"v_information_{name}": {} for name in FAMILIES}
-    found |= {"v_information": {}, "usable_share": {}}
-    entropy = float(prior_bits(known[:fit], held_out).mean())
+    found["v_information"] = {}
     for done, (layer, members) in enumerate(layers.items()):
         signed, sizes, matrices = ([seen[name][member] for member in members] for name in maps)
         ladder = climb(View.of(signed, sizes, matrices, known, fit), held_out, rungs)
         for name, rung in ladder.items():
             found[f"v_information_{name}"][layer] = mean_with_interval(rung.bits, "v_information", layer, name)
         best = chosen(ladder)
-        whole = found["v_information"][layer] = found[f"v_information_{best}"][layer]
-        found["usable_share"][layer] = Interval(*(end / entropy for end in whole))
+        found["v_information"][layer] = found[f"v_information_{best}"][layer]
         subject.progress(len(truth) + done + 1, len(truth) + len(layers))
     return {name: interval_profile(intervals, n=subject.trials) for name, intervals in found.items()}
 
@@ -83,13 +82,13 @@ def climb(view: View, held_out: NDArray[np.int64], rungs: list[str]) -> dict[str
         held_out: (T,) their truth.
         rungs: Names of `FAMILIES`.
     """
-    prior, check = view.truth[: view.fit], view.truth[view.fit :]
+    check = view.truth[view.fit :]
     ladder = {}
     for name in rungs:
         odds = calibrated(FAMILIES[name](view), view)
         ladder[name] = Rung(
-            bits=prior_bits(prior, held_out) - _bits(odds[len(view.truth) :], held_out),
-            validation=float((prior_bits(prior, check) - _bits(odds[view.fit : len(view.truth)], check)).mean()),
+            bits=1 - _bits(odds[len(view.truth) :], held_out),
+            validation=float(1 - _bits(odds[view.fit : len(view.truth)], check).mean()),
         )
     return ladder
 
@@ -97,12 +96,6 @@ def climb(view: View, held_out: NDArray[np.int64], rungs: list[str]) -> dict[str
 def chosen(ladder: Mapping[str, Rung]) -> str:
     """Return the rung that is best on the calibration rows, never on the held-out ones."""
     return max(ladder, key=lambda name: ladder[name].validation)
-
-
-def prior_bits(fitted: NDArray[np.int64], truth: NDArray[np.int64]) -> Floats:
-    """Return -log2 of the share of ``fitted`` that each of ``truth`` is like: what a rule without any input pays."""
-    share = float(fitted.mean())
-    return -np.log2(np.where(truth == 1, share, 1 - share))
 
 
 def _bits(odds: Floats, truth: NDArray[np.int64]) -> Floats:

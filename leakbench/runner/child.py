@@ -78,7 +78,8 @@ def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local
                 elif message.kind == "gauge":
                     from leakbench.runner.gauge import MeasureRole  # builds on ClientRole
 
-                    roles = {"measure": MeasureRole(message, local or {}, sock).measure}
+                    gauge = MeasureRole(message, local or {}, sock)
+                    roles = {"rehearse": gauge.rehearse, "measure": gauge.measure}
                 elif message.kind == "attack":
                     attack = AttackRole(message, local or {}, sock)
                     roles = {"prepare": attack.prepare, "plant": attack.plant, "run": attack.run}

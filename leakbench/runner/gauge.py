@@ -32,19 +32,25 @@ class MeasureRole(ClientRole):
     """
 
     def __init__(self, message: Message, local: Local, sock: socket.socket) -> None:
+        spec = MEASURES.get(message.body["measure"])
+        # Before the defense is imported, which shares this process.
+        self.function = getattr(import_module(f"leakbench.measures.{spec.module}"), spec.name)
         super().__init__(message, local)
         self.sock = sock
         self.attribute = message.body["attribute"]
         self.truth = message.tensors("truth").get("truth")
         self.auxiliary = message.tensors("auxiliary")
 
+    def rehearse(self, _: Message) -> Reply:
+        """Compute the first trial's update, so that what the defense does wrong is not the measure's failure."""
+        self._subject().part(0, 1).update()
+        return "ready", {}, {}
+
     def measure(self, message: Message) -> Reply:
         """Compute the measure."""
-        spec = MEASURES.get(message.body["measure"])
-        function = getattr(import_module(f"leakbench.measures.{spec.module}"), spec.name)
+        subject = self._subject()
         try:
-            subject = self._subject()
-            found = function(subject, **message.body["params"])
+            found = self.function(subject, **message.body["params"])
         except NotApplicable as error:
             return "measured", {"declined": error_line(error)}, {"measured": {}}
         layers = {**subject.layers, ALL: tuple(self.model.parameters)}

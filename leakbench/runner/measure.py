@@ -19,7 +19,7 @@ from leakbench.measures.rows import MEASURE_FIELDS
 from leakbench.measures.subject import ALL
 from leakbench.results import MEASURES_FOLDER, blank_row, task_columns, write_job
 from leakbench.runner.children import ChildFailed, one_line
-from leakbench.runner.exchange import client_request
+from leakbench.runner.exchange import CLIENT_SECONDS_PER_TRIAL, GRACE_SECONDS, client_request
 from leakbench.runner.execute import JobOutcome, Runner
 from leakbench.runner.gauge import ENDS
 from leakbench.runner.plan import Job
@@ -28,10 +28,8 @@ from leakbench.runner.scene import Weights
 from leakbench.runner.wire import Blob
 from leakbench.runner.workshop import SLACK_BYTES, ask
 
-START_SECONDS = 30.0
-"""Time limit of starting the child and importing the defense."""
 SECONDS, SECONDS_PER_TRIAL = 3600.0, 120.0
-"""Time limit of a measure. Measures are trusted and may train; only a defense could hang."""
+"""Time limit of a measure: trusted, and it may train. A defense that hangs does so before, in a rehearsal."""
 
 
 @dataclass
@@ -92,8 +90,10 @@ class MeasureRunner(Runner):
         if self._shop.closed:
             raise LeakbenchError(f"{job.label}: the runner was closed before the job was done")
         rows = self._rows(job, found, weights)
-        path = write_job(self._out / MEASURES_FOLDER, job.id, self._season.name, rows, MEASURE_FIELDS)
-        return JobOutcome(job, path, {found.status: len(job.trials)}, time.perf_counter() - begun, found.error, output)
+        statuses = {found.status: len(job.trials)}
+        folder = self._out / MEASURES_FOLDER
+        path = write_job(folder, job.id, self._season.name, rows, MEASURE_FIELDS, statuses=statuses)
+        return JobOutcome(job, path, statuses, time.perf_counter() - begun, found.error, output)
 
     def _measure(self, job: Job, victims: Victims, weights: Weights, found: Measured) -> None:
         task, spec, scenes = job.task, MEASURES.get(job.attack.name), self._shop.scenes
@@ -102,6 +102,7 @@ class MeasureRunner(Runner):
         if "shared_model" in spec.needs and len(weights.draws) > 1:
             raise NotApplicable("compares trials, which must share a model; write model_draws: one in the suite")
         body, blobs = client_request(self._shop, job, weights, victims, scenes.order(task, job.trials))
+        body["measure"] = spec.name
         body["attribute"] = None if task.attribute is None else task.attribute.model_dump_json()
         if victims.truth is not None:
             blobs["truth"] = Blob.pack({"truth": torch.tensor(victims.truth)})
@@ -111,11 +112,13 @@ class MeasureRunner(Runner):
         with self._shop.spawn(job, most) as child:
             report = partial(self._report, job)
             begun = time.perf_counter()
-            ask(child, "gauge", body, blobs, expect="ready", seconds=START_SECONDS, who="client")
+            ask(child, "gauge", body, blobs, expect="ready", seconds=GRACE_SECONDS, who="client")
+            seconds = CLIENT_SECONDS_PER_TRIAL * task.protocol.clients * task.protocol.local_steps + GRACE_SECONDS
+            ask(child, "rehearse", {}, {}, expect="ready", seconds=seconds, who="client")
             message = ask(
                 child,
                 "measure",
-                {"measure": spec.name, "params": dict(job.attack.params)},
+                {"params": dict(job.attack.params)},
                 {},
                 expect="measured",
                 seconds=SECONDS + SECONDS_PER_TRIAL * len(job.trials),

@@ -127,7 +127,7 @@ def run_suite(request: Request) -> Report:
         cells = suite.expand_measures(measures=request.measures, defenses=request.defenses, trials=request.trials)
     else:
         cells = suite.expand(attacks=request.attacks, defenses=request.defenses, trials=request.trials)
-        if not cells:
+        if not any(grid.attacks for grid in suite.grids):
             raise UserError(f"suite {suite.name!r} has measures only; type: leakbench measure {request.suite}")
     cells = [cell for cell in cells if request.keep_cell is None or request.keep_cell(cell)]
     jobs = plan(cells, season)
@@ -200,6 +200,7 @@ def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season, *, wh
         kind = MeasureRunner
     workers = request.workers or (min(_cores(), 8) if request.device == "cpu" else 1)
     entries = {entry.source for job in jobs for entry in (job.attack, *job.defense) if entry.source is not None}
+    rows = out / MEASURES_FOLDER if request.measuring else out
     display = make_display(sys.stderr, len(jobs))
     runner = kind(
         out,
@@ -213,7 +214,7 @@ def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season, *, wh
     with runner:
         try:
             with display, shown_log(display):
-                display.say(f"{len(jobs)} jobs, {workers} at a time, isolation {runner.level}; rows go to {out}")
+                display.say(f"{len(jobs)} jobs, {workers} at a time, isolation {runner.level}; rows go to {rows}")
                 reasons = runner.preflight(jobs)
                 if whole and sum(reasons.values()) == len(jobs):
                     raise UserError("nothing to measure: " + "; ".join(reasons))
@@ -265,6 +266,8 @@ def _read_plan(out: Path) -> dict[str, Any]:
         written = json.loads((out / PLAN_FILE).read_bytes())
         return {"season": written["season"], "jobs": dict(written["jobs"]), "command": written["command"]}
     except (OSError, ValueError, KeyError, TypeError):
+        if (out / MEASURES_FOLDER / PLAN_FILE).is_file():
+            raise UserError(f"no run in {out}, but measures; type: leakbench status {out / MEASURES_FOLDER}") from None
         raise UserError(
             f"no run in {out}: expected a directory with {PLAN_FILE}; start one with: leakbench run quick --out {out}"
         ) from None

@@ -332,7 +332,7 @@ def test_the_picture_is_the_same_file_each_time_with_text_and_description():
     rows = frame(
         shares(),
         shares(task=of(INPUTS, stage="early")),
-        measured("usable_share", {"a": 0.5, "b": 0.75}, fitted=True),
+        measured("v_information", {"a": 0.5, "b": 0.75}, fitted=True),
         measured(
             "latent_specificity", {"a": [1.0, 1.1], "b": [1.2, 1.3]}, task=of(INPUTS, architecture={"name": "lenet5"})
         ),
@@ -340,12 +340,12 @@ def test_the_picture_is_the_same_file_each_time_with_text_and_description():
     found = tables(rows)
     svg = profile.render(found, "svg").decode()
     assert profile.render(found, "svg").decode() == svg
-    few = {kind: table[table["quantity"] == "usable_share"] for kind, table in found.items()}
+    few = {kind: table[table["quantity"] == "v_information"] for kind, table in found.items()}
     assert profile.render(few, "png") == profile.render(few, "png")
     root = ET.fromstring(svg)  # a file of our own
     space = "{http://www.w3.org/2000/svg}"
     assert root.find(f"{space}title").text == "Layer profile of leakage"
-    assert "usable_share is greatest in b, 0.75." in root.find(f"{space}desc").text
+    assert "v_information is greatest in b, 0.75." in root.find(f"{space}desc").text
     texts = {"".join(element.itertext()).strip() for element in root.iter(f"{space}text")}
     words = {"a", "b", "mnist", "mlp", "lenet5", "untrained", "early", "*-b1-iid-gradient-inputs", "not measured"}
     assert words <= texts
@@ -359,7 +359,7 @@ def test_names_of_layers_do_not_overlap_and_nothing_is_cut_off(layers):
         of(INPUTS, stage=stage, batch=BatchSpec(size=size)) for stage in ("untrained", "converged") for size in (1, 64)
     ]
     parts = [measured("sensitivity_share", {name: [1 / layers] * 3 for name in names}, task=task) for task in tasks]
-    parts += [measured("usable_share", dict.fromkeys(names, 0.5), fitted=True, ends=0.1, task=task) for task in tasks]
+    parts += [measured("v_information", dict.fromkeys(names, 0.5), fitted=True, ends=0.1, task=task) for task in tasks]
     figure = profile.draw(tables(frame(*parts)))
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 
 import pandas as pd
 import pytest
 import torch
 
 from leakbench.entries import resolve, resolve_all
+from leakbench.errors import UserError
 from leakbench.federation.client import Client
 from leakbench.federation.inputs import to_inputs
 from leakbench.grids import Cell
@@ -54,6 +56,12 @@ class Forge(Defense):
     def __init__(self):
         from leakbench.measures import sensitivity
         sensitivity.sensitivity = lambda subject, probes: {}
+
+class Hang(Defense):
+    def update(self, update, ctx):
+        import time
+        time.sleep(60)
+        return update
 '''
 
 
@@ -61,7 +69,7 @@ class Forge(Defense):
 def defenses(one_cache, tmp_path_factory):
     path = tmp_path_factory.mktemp("entries") / "mine.py"
     path.write_text(DEFENSES)
-    resolve_all([("defense", f"{path}:{name}") for name in ("Crash", "Nonsense", "Forge")])
+    resolve_all([("defense", f"{path}:{name}") for name in ("Crash", "Nonsense", "Forge", "Hang")])
     return path
 
 
@@ -164,7 +172,6 @@ def test_the_norm_is_that_of_the_gradient_of_the_jobs_own_victims(runner, draws)
         ("fisher", PLAIN, "none", "not_applicable", "noise"),
         ("sensitivity(probes=2)", PLAIN, "Crash", "error", "a defense that crashes"),
         ("sensitivity(probes=2)", PLAIN, "Nonsense", "invalid", "NaN or infinity"),
-        ("sensitivity(probes=2)", PLAIN, "Forge", "invalid", "declares"),
         ("i2f", PLAIN.model_copy(update={"batch": BatchSpec(size=5000)}), "none", "unavailable", "batch larger"),
     ],
 )
@@ -185,6 +192,47 @@ def test_a_layer_that_is_withheld_says_nothing(runner, name):
     assert set(rows["status"]) == {"ok"}, rows["error"].iloc[0]
     withheld = rows[(rows["layer"] == "body.linear0") & rows["quantity"].isin([name, "sensitivity_rms"])]
     assert withheld["value"].abs().max() < 0.1
+
+
+def test_a_defense_that_hangs_is_the_clients_failure_before_the_measure_starts(runner, defenses, monkeypatch):
+    monkeypatch.setattr("leakbench.runner.measure.CLIENT_SECONDS_PER_TRIAL", 0.5)
+    monkeypatch.setattr("leakbench.runner.measure.GRACE_SECONDS", 10.0)
+    (job,) = jobs("sensitivity(probes=2)", defense=f"{defenses}:Hang")
+    rows = rows_of(runner, job)
+    assert rows["status"].tolist() == ["timeout"]
+    assert rows["error"].iloc[0].startswith("client: took longer")
+
+
+def test_the_measure_is_found_before_the_defense_is_imported(runner, defenses):
+    (job,) = jobs("sensitivity(probes=2)", defense=f"{defenses}:Forge")
+    rows = rows_of(runner, job)
+    assert set(rows["status"]) == {"ok"}
+    assert len(rows[rows["quantity"] == "gradient_norm"]) == 3 * TRIALS
+
+
+def test_every_failed_block_is_read_and_counts_its_trials(runner, defenses, tmp_path):
+    with MeasureRunner(tmp_path, season=DEVELOPMENT, isolation="process", files=[defenses]) as other:
+        for job in jobs("sensitivity(probes=2)", defense=f"{defenses}:Crash", per_job=10):
+            outcome = other.run(job)
+            assert read_job_status(outcome.path).statuses == {"error": len(job.trials)}
+    read = load_measures(tmp_path)
+    assert sorted(read["block_start"]) == [0, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sensitivity(probes=0)", "probes: expected at least 1, got 0"),
+        ("robustness(kappa=2.0)", "kappa: expected more than 0 and less than 1"),
+        ("v_information(families='svm')", "got 'svm'"),
+        ("i2f(damping=-1.0)", "damping: expected more than 0"),
+        ("sensitivity+spectrum", "expected one measure, got 2"),
+        ("sensitivty", "Did you mean 'sensitivity'"),
+    ],
+)
+def test_a_wrong_measure_is_one_line_before_anything_runs(text, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        resolve_measure(text)
 
 
 def test_a_fitted_measure_needs_trials_that_share_a_model(runner):

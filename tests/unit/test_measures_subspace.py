@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from leakbench.errors import NotApplicable
 from leakbench.measures.features import coordinates, kernel, sketch
+from leakbench.measures.fitted import distinct
 from leakbench.measures.subspace import distance, effect_size, held_out_auc, subspace_distance
 
 
@@ -29,6 +30,21 @@ def test_random_groups_give_uniform_p_values_and_no_z():
         z = np.array([own.z for own in found])
         assert abs(z.mean()) < 3 / np.sqrt(len(z))
         assert (np.abs(z) < 3).mean() > 0.97
+
+
+def test_trials_that_share_an_image_are_left_out():
+    own = subject(batch=2)
+    public = own.auxiliary
+    before = distinct(own, public.trials)
+    public.images[3, 1] = public.images[0, 0]
+    own.images[5, 0] = public.images[1, 1]
+    after = distinct(own, public.trials)
+    assert set(before) - set(after) <= {3, public.trials + 5}
+    assert 0 in after
+    assert 3 not in after
+    assert public.trials + 5 not in after
+    kept = torch.cat([public.images, own.images])[after].flatten(0, 1).flatten(1)
+    assert len(torch.unique(kept, dim=0)) == len(kept)
 
 
 def test_planted_direction_at_effect_size_one_is_far_beyond_the_null():

@@ -221,10 +221,9 @@ def test_attribute_of_digits_leaks_from_lenet_and_shuffled_truth_does_not():
         assert profile.layers == layers
         assert profile.n == own.trials
         assert bool(((profile.low <= profile.values) & (profile.values <= profile.high)).all())
-        assert bool((profile.values < 1.1).all())
+        assert bool((profile.high <= 1).all())
     assert float(found["v_information"].low[-1]) > 0.3
     assert float(found["v_information_conv"].low[-2]) > 0.3  # the last layer, whose signs follow the labels
-    torch.testing.assert_close(found["usable_share"].values, found["v_information"].values, atol=0.02, rtol=0)
     again = v_information(own, train=200, families="forest,mlp")
     for name in ("v_information_forest", "v_information_mlp"):
         assert torch.equal(found[name].values, again[name].values)

@@ -168,7 +168,8 @@ def test_a_mistake_in_a_reference_file_is_one_line(tmp_path, monkeypatch):
         ("irec", "irek", "irec"),
         ("LOG", "MEM", "tag"),
         ("{irec: 1.0}", "[1.0]", "values"),
-        ("quick_trials: 1, ", "", "quick_trials"),
+        ("quick_trials: 1, ", "quick_trials: 0, ", "quick_trials"),
+        ("quick: []", "quick: [], claims: [{name: c, source: s, quantities: [nothing], axis: batch_size}]", "nothing"),
     ):
         text = good.replace(old, new)
         (tmp_path / "references" / "x.yaml").write_text(text)

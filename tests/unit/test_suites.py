@@ -182,7 +182,7 @@ def test_a_task_id_that_names_several_tasks_offers_their_hashes(known, tmp_path)
         ({"threat_model": 3}, ["grids[0].threat_model: expected a mapping", "got 3"]),
         ({"architecture": {"name": "mlp", "init": "normal"}}, ["grids[0].architecture", "uniform(A)"]),
         ({"architecture": {"init": "default"}}, ["grids[0].architecture.name: expected this key"]),
-        ({"architecture": "lenet_sigmod"}, ["grids[0].architecture", "Did you mean 'lenet_zhu'"]),
+        ({"architecture": "lenet_zu"}, ["grids[0].architecture", "Did you mean 'lenet_zhu'"]),
         ({"dataset": "mnits"}, ["grids[0].dataset", "Did you mean 'mnist'"]),
         ({"dataset": "gone.npz"}, ["grids[0].dataset", "gone.npz"]),
         ({"target": "label"}, ["grids[0].target", "Did you mean 'labels'"]),

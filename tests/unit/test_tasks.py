@@ -195,6 +195,10 @@ SECURE = Protocol(clients=3, secure_aggregation=True)
         ("malicious_server", {"threat_model": MALICIOUS, "protocol": SECURE, "target": "inputs"}),
         *((None, {"threat_model": ThreatModel(labels=True, lr=False), "protocol": p}) for p in (Protocol(), DELTA)),
         (None, {"threat_model": KNOWN, "protocol": SECURE}),
+        ("inference", {"target": "membership"}),
+        (None, {"target": "membership", "threat_model": KNOWN}),
+        ("inference", {"target": "attribute", "attribute": AttributeSpec(name="class")}),
+        (None, {"target": "attribute", "attribute": AttributeSpec(name="class"), "threat_model": KNOWN}),
         (None, {"threat_model": MALICIOUS.model_copy(update={"labels": True})}),
     ],
 )
