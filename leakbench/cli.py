@@ -113,6 +113,17 @@ def _run(suite: str, out: Path | None, fresh: bool, keep: bool, **options: Any) 
         return None
 
 
+def _reported(report: Report | None, as_json: bool) -> int:
+    """Print what a run did and return its exit code."""
+    if report is None:
+        return INTERRUPTED
+    if as_json:
+        _print_json(report.content())
+    else:
+        click.echo(report.text())
+    return 1 if report.failed else 0
+
+
 @cli.command()
 @click.argument("suite")
 @click.option("--attack", "attacks", multiple=True, metavar="EXPR", help="Instead of the suite's attacks; repeatable.")
@@ -128,14 +139,7 @@ def run(suite: str, shard: str | None, as_json: bool, **options: Any) -> int:
     """
     from leakbench.runner.plan import parse_shard
 
-    report = _run(suite, shard=parse_shard(shard or "1/1"), **options)
-    if report is None:
-        return INTERRUPTED
-    if as_json:
-        _print_json(report.content())
-    else:
-        click.echo(report.text())
-    return 1 if report.failed else 0
+    return _reported(_run(suite, shard=parse_shard(shard or "1/1"), **options), as_json)
 
 
 @cli.command()
@@ -156,14 +160,7 @@ def measure(suite: str, shard: str | None, as_json: bool, **options: Any) -> int
     """
     from leakbench.runner.plan import parse_shard
 
-    report = _run(suite, shard=parse_shard(shard or "1/1"), measuring=True, **options)
-    if report is None:
-        return INTERRUPTED
-    if as_json:
-        _print_json(report.content())
-    else:
-        click.echo(report.text())
-    return 1 if report.failed else 0
+    return _reported(_run(suite, shard=parse_shard(shard or "1/1"), measuring=True, **options), as_json)
 
 
 @cli.command()

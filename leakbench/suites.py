@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from leakbench.data.catalogue import DATASETS
+from leakbench.data.catalogue import DATASETS, SOURCE_CLASS
 from leakbench.entries import resolve_all
 from leakbench.errors import UserError, did_you_mean, unknown
 from leakbench.grids import Budget, Cell, Grid, Suite
@@ -201,6 +201,7 @@ def _check_names(suite: Suite, path: Path) -> None:
         "dataset": _check_datasets,
         "architecture": lambda grid: [architecture_spec(part.name) for part in grid.architecture],
         "batch": _check_classes,
+        "attribute": _check_attributes,
         "attacks": _check_attacks,
         "measures": lambda grid: [resolve_measure(text) for text in grid.measures],
         "defenses": lambda grid: resolve_all([("defense", text) for text in grid.defenses]),
@@ -235,6 +236,24 @@ def _check_classes(grid: Grid) -> None:
                 raise UserError(
                     f"expected at most {classes} examples of distinct classes ({name}), got size {batch.size}; "
                     f"use size: {classes} or another sampler"
+                )
+
+
+def _check_attributes(grid: Grid) -> None:
+    for name in grid.dataset if grid.attribute else ():
+        if name not in DATASETS:
+            continue  # an .npz file, which has its labels only
+        spec = DATASETS.get(name)
+        own = len(spec.label_maps[spec.main_task]) if spec.main_task else spec.classes
+        values = {SOURCE_CLASS: set(range(own)), **{each: set(way) for each, way in spec.label_maps.items()}}
+        known = {*values, *spec.attribute_columns}
+        for attribute in grid.attribute:
+            if attribute.name not in known:
+                raise unknown(f"attribute of dataset {name}", attribute.name, known)
+            if attribute.value not in values.get(attribute.name, {attribute.value}):
+                least, most = min(values[attribute.name]), max(values[attribute.name])
+                raise UserError(
+                    f"{attribute.name} of dataset {name}: expected a value in {least}..{most}, got {attribute.value}"
                 )
 
 

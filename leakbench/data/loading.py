@@ -18,7 +18,7 @@ import numpy.typing as npt
 from leakbench import keys
 from leakbench.data.catalogue import DATASETS, SOURCE_CLASS, DatasetSpec
 from leakbench.data.hub import Columns, Rows, read_split
-from leakbench.errors import UserError
+from leakbench.errors import UserError, unknown
 from leakbench.tasks import AttributeSpec, InputSpec
 
 PRIVATE_OF_TRAIN = 0.8
@@ -82,10 +82,7 @@ class Dataset:
             UserError: The dataset has no such attribute.
         """
         if attribute.name not in self.attributes:
-            raise UserError(
-                f"attribute {attribute.name}: expected one of dataset {self.spec.name}, got none of this name; "
-                f"choose one of: {', '.join(sorted(self.attributes))}"
-            )
+            raise unknown(f"attribute of dataset {self.spec.name}", attribute.name, self.attributes)
         return np.asarray(self.attributes[attribute.name] == attribute.value)
 
     def class_prior(self, split: str = "private") -> npt.NDArray[np.float64]:

@@ -186,6 +186,12 @@ def test_a_task_id_that_names_several_tasks_offers_their_hashes(known, tmp_path)
         ({"dataset": "mnits"}, ["grids[0].dataset", "Did you mean 'mnist'"]),
         ({"dataset": "gone.npz"}, ["grids[0].dataset", "gone.npz"]),
         ({"target": "label"}, ["grids[0].target", "Did you mean 'labels'"]),
+        ({"target": "attribute", "attribute": "sight"}, ["grids[0].attribute", "unknown attribute of dataset digits"]),
+        (
+            {"target": "attribute", "attribute": {"name": "parity", "value": 7}},
+            ["grids[0].attribute", "expected a value in 0..1, got 7"],
+        ),
+        ({"measures": "sensitivty"}, ["grids[0].measures", "Did you mean 'sensitivity'"]),
         ({"attacks": []}, ["grids[0]: expected attacks, measures or both, got neither"]),
         ({"attacks": "attack_label"}, ["grids[0].attacks", "Did you mean 'attack_labels'"]),
         ({"attacks": "attack_inputs"}, ["grids[0].attacks", "recovers labels"]),
