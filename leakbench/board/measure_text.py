@@ -171,7 +171,7 @@ def _missing(table: pd.DataFrame) -> Sheet:
         for net, variant, line in zip(table["net"], variants(table), table.to_dict("records"), strict=True)
     ]
     header = ["net", "task", "measure", "status", "trials", "reason"]
-    return Sheet("missing", f"{len(lines)} of tasks, defenses and measures", header, lines, texts=True)
+    return Sheet("missing", f"{len(lines)} combinations of task, defense and measure", header, lines, texts=True)
 
 
 # --- forms ------------------------------------------------------------------------------------------------------------
