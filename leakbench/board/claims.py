@@ -175,7 +175,7 @@ def _of_layers(group: pd.DataFrame) -> tuple[float, float, float]:
 
 # --- one number along an axis -----------------------------------------------------------------------------------------
 
-_FOLLOWS = {"local_steps": ("batches_per_epoch",)}
+_FOLLOWS = {"local_steps": ("batches_per_epoch",), "clients": ("secure_aggregation",)}
 """Columns that change along with an axis."""
 _NAMES = [field.name for field in MEASURE_FIELDS]
 _SAME = (

@@ -128,6 +128,17 @@ def test_an_axis_is_compared_from_its_smallest_value_within_what_else_is_equal()
     assert verdicts([claim(axis="batch_size")], alone, pd.DataFrame()).empty
 
 
+def test_one_client_is_compared_with_a_cohort_behind_a_sum():
+    rows = pd.concat(
+        [
+            fitted({"all": 0.9}, clients=1, secure_aggregation=False),
+            fitted({"all": 0.2}, clients=4, secure_aggregation=True),
+        ]
+    )
+    (line,) = verdicts([claim(axis="clients")], rows, pd.DataFrame()).to_dict("records")
+    assert line["verdict"] == "agrees"
+
+
 def attacked(quality, *, defense="none", trials=12):
     return pd.DataFrame(
         [
