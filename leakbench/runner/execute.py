@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -53,6 +54,30 @@ class JobOutcome:
     seconds: float
     error: str | None = None
     output: str = ""
+
+
+class Failing(Protocol):
+    """What a job came to."""
+
+    def fail(self, status: str, error: str) -> None:
+        """Note why nothing came of it."""
+
+
+@contextmanager
+def failures(outcome: Failing) -> Iterator[list[str]]:
+    """Note on ``outcome`` what was lacking, declined or done wrong by an entry; yields what the entry then printed."""
+    printed: list[str] = []
+    try:
+        yield printed
+    except Unavailable as error:
+        outcome.fail("unavailable", str(error))
+    except NotApplicable as error:
+        outcome.fail("not_applicable", str(error))
+    except ChildFailed as error:
+        outcome.fail(error.status, str(error))
+        printed.append(error.output)
+    except InvalidOutput as error:
+        outcome.fail("invalid", str(error))
 
 
 class Runner:
@@ -171,8 +196,7 @@ class Runner:
         outcome = Outcome(status="ok")
         victims: Victims | None = None
         weights: Weights | None = None
-        output = ""
-        try:
+        with failures(outcome) as printed:
             victims = self._shop.scenes.victims(job.task, job.trials)
             weights = self._shop.weights(job)
             missing = set(job.attack.description.needs) - granted_names(job.task, weights, job.defense)
@@ -180,15 +204,6 @@ class Runner:
                 outcome.fail("not_applicable", f"the task does not grant: {', '.join(sorted(missing))}")
             else:
                 Exchange(self._shop, job, victims, weights, outcome, partial(self._report, job)).run()
-        except Unavailable as error:
-            outcome.fail("unavailable", str(error))
-        except NotApplicable as error:
-            outcome.fail("not_applicable", str(error))
-        except ChildFailed as error:
-            outcome.fail(error.status, str(error))
-            output = error.output
-        except InvalidOutput as error:
-            outcome.fail("invalid", str(error))
         if any(outcome.planted) and outcome.status == "ok" and victims is not None and weights is not None:
             outcome.stealth = self._shop.stealth(job, weights, victims, outcome.planted)
         if self._shop.closed:
@@ -198,7 +213,7 @@ class Runner:
             self._show(job, pictures(job, outcome.recovery, victims, self._shop.scenes, rows))
         path = write_job(self._out, job.id, self._season.name, rows)
         statuses = dict(Counter(row["status"] for row in rows))
-        return JobOutcome(job, path, statuses, time.perf_counter() - begun, outcome.error, output)
+        return JobOutcome(job, path, statuses, time.perf_counter() - begun, outcome.error, "".join(printed))
 
     def _show(self, job: Job, entries: list[Entry]) -> None:
         """Write the pictures of a job, before its rows, so that a job that is done has them."""

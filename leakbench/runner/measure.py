@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from leakbench.data import Victims, decoder_versions
-from leakbench.errors import InvalidOutput, LeakbenchError, NotApplicable, Unavailable
+from leakbench.errors import InvalidOutput, LeakbenchError, NotApplicable
 from leakbench.measures.catalogue import MEASURES, MeasureSpec, Quantity
 from leakbench.measures.rows import MEASURE_FIELDS
 from leakbench.measures.subject import ALL
 from leakbench.results import MEASURES_FOLDER, blank_row, task_columns, write_job
-from leakbench.runner.children import ChildFailed, one_line
+from leakbench.runner.children import one_line
 from leakbench.runner.exchange import CLIENT_SECONDS_PER_TRIAL, GRACE_SECONDS, client_request
-from leakbench.runner.execute import JobOutcome, Runner
+from leakbench.runner.execute import JobOutcome, Runner, failures
 from leakbench.runner.gauge import ENDS
 from leakbench.runner.plan import Job
 from leakbench.runner.rows import entry_columns
@@ -73,27 +73,21 @@ class MeasureRunner(Runner):
         """
         begun = time.perf_counter()
         torch.set_num_threads(job.threads)
-        found, weights, output = Measured(), None, ""
-        try:
+        found, weights = Measured(), None
+        with failures(found) as printed:
             victims = self._shop.scenes.victims(job.task, job.trials)
             weights = self._shop.weights(job)
             self._measure(job, victims, weights, found)
-        except Unavailable as error:
-            found.fail("unavailable", str(error))
-        except NotApplicable as error:
-            found.fail("not_applicable", str(error))
-        except ChildFailed as error:
-            found.fail(error.status, str(error))
-            output = error.output
-        except InvalidOutput as error:
-            found.fail("invalid", str(error))
         if self._shop.closed:
             raise LeakbenchError(f"{job.label}: the runner was closed before the job was done")
         rows = self._rows(job, found, weights)
         statuses = {found.status: len(job.trials)}
         folder = self._out / MEASURES_FOLDER
         path = write_job(folder, job.id, self._season.name, rows, MEASURE_FIELDS, statuses=statuses)
-        return JobOutcome(job, path, statuses, time.perf_counter() - begun, found.error, output)
+        return JobOutcome(job, path, statuses, time.perf_counter() - begun, found.error, "".join(printed))
+
+    def _check_memory(self, job: Job, weights: Weights) -> None:
+        """Refuse nothing: no update leaves the child, and measures cut their work to fit."""
 
     def _measure(self, job: Job, victims: Victims, weights: Weights, found: Measured) -> None:
         task, spec, scenes = job.task, MEASURES.get(job.attack.name), self._shop.scenes

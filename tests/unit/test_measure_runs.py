@@ -241,6 +241,11 @@ def test_a_fitted_measure_needs_trials_that_share_a_model(runner):
     assert "model_draws: one" in rows["error"].iloc[0]
 
 
+def test_a_block_of_many_large_updates_is_not_refused(runner, monkeypatch):
+    monkeypatch.setattr(runner._shop, "memory", 1000)
+    assert runner.preflight(jobs("sensitivity(probes=4)")) == {}
+
+
 def test_rows_lie_beside_those_of_attacks_and_are_read_from_there(runner):
     rows_of(runner, *jobs("sensitivity(probes=4)"))
     read = load_measures(runner._out)
