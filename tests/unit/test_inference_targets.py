@@ -116,7 +116,7 @@ def test_too_few_examples_is_one_line_with_the_numbers():
 
 
 def test_an_unknown_attribute_is_one_line_with_those_there_are():
-    with pytest.raises(UserError, match="choose one of: class, ge5, parity"):
+    with pytest.raises(UserError, match="Known: class, ge5, parity"):
         drawn(attribute(AttributeSpec(name="color")), 1)
 
 
