@@ -35,3 +35,18 @@ def one_cache(tmp_path_factory):
         patch.setenv("LEAKBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def leakbench(capfd):
+    """Run a command line in this process; return (exit code, stdout, stderr)."""
+
+    from leakbench import cli
+
+    def call(*arguments):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(map(str, arguments)))
+        return end.value.code, *capfd.readouterr()
+
+    return call

@@ -19,7 +19,6 @@ from PIL import Image
 from rich.console import Console
 from scipy.stats import rankdata, spearmanr
 
-from leakbench import cli
 from leakbench.board import measure_text, profile
 from leakbench.board.correlations import UPDATE_KEYS, _resampled, correlations, rank_correlations
 from leakbench.board.measures import KINDS, missing, pattern, tables, variants
@@ -414,19 +413,6 @@ def out(tmp_path):
     for job, rows in parts.items():
         write_job(tmp_path / MEASURES_FOLDER, job, "2026", [row | {"job_id": job} for row in rows], MEASURE_FIELDS)
     return tmp_path
-
-
-@pytest.fixture
-def leakbench(capfd):
-    """Run a command line in this process; return (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main(list(map(str, arguments)))
-        return end.value.code, *capfd.readouterr()
-
-    return call
 
 
 def test_board_prints_measures_and_draws_their_profile(leakbench, out):

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from leakbench import cli
 from leakbench.cli import KINDS
 
 
@@ -28,19 +27,6 @@ def warm_cache(tmp_path_factory):
         del os.environ["LEAKBENCH_CACHE"]
     else:
         os.environ["LEAKBENCH_CACHE"] = before
-
-
-@pytest.fixture
-def leakbench(capfd):
-    """Run a command line in this process; return (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main(list(map(str, arguments)))
-        return end.value.code, *capfd.readouterr()
-
-    return call
 
 
 # --- speed of the first answer ----------------------------------------------------------------------------------------
