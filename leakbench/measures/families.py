@@ -140,7 +140,5 @@ def calibrated(scores: Floats, view: View) -> Floats:
 
 def _log_odds(view: View, build: Callable[[], torch.nn.Module], inputs: Sequence[torch.Tensor]) -> Floats:
     targets = torch.from_numpy(view.truth).float()[:, None]
-    if inputs[0].shape[1] == 0:
-        return np.zeros(len(view.moduli))
     outputs = trained(build, binary_cross_entropy_with_logits, inputs, targets, view.fit)
     return outputs[:, 0].double().numpy()

@@ -136,8 +136,6 @@ def ridge(updates: Floats, targets: Floats, fit: int, known: int) -> Guess:  # n
 def decoder(updates: Floats, targets: Floats, fit: int, known: int) -> Guess:
     """MLP 256-64 from the leading principal coordinates of the updates to those of the targets."""
     inputs, outputs = coordinates(updates, fit, INPUT_AXES), coordinates(targets, fit, IMAGE_AXES)
-    if inputs.shape[1] == 0:
-        return Guess(np.zeros(len(updates)), np.zeros(len(updates)))
     given = torch.from_numpy(inputs / max(float(inputs[:fit].std()), 1e-30)).float()
     scale = max(float(outputs[:fit].std()), 1e-30)
     wanted = torch.from_numpy(outputs[:known] / scale).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -43,17 +44,16 @@ class MeasureRole(ClientRole):
 
     def rehearse(self, _: Message) -> Reply:
         """Compute the first trial's update, so that what the defense does wrong is not the measure's failure."""
-        self._subject().part(0, 1).update()
+        self.subject.part(0, 1).update()
         return "ready", {}, {}
 
     def measure(self, message: Message) -> Reply:
         """Compute the measure."""
-        subject = self._subject()
         try:
-            found = self.function(subject, **message.body["params"])
+            found = self.function(self.subject, **message.body["params"])
         except NotApplicable as error:
             return "measured", {"declined": error_line(error)}, {"measured": {}}
-        layers = {**subject.layers, ALL: tuple(self.model.parameters)}
+        layers = {**self.subject.layers, ALL: tuple(self.model.parameters)}
         sizes = {name: value[0].numel() for name, value in self.model.parameters.items()}
         body = {
             "layers": {layer: [sum(sizes[name] for name in own), self._kind(layer)] for layer, own in layers.items()},
@@ -72,7 +72,9 @@ class MeasureRole(ClientRole):
             return "convolution"
         return "linear" if isinstance(module, nn.Linear) else "other"
 
-    def _subject(self) -> Subject:
+    @cached_property
+    def subject(self) -> Subject:
+        """The clients; the rehearsal and the measure look at the same."""
         auxiliary = None
         if own := self.auxiliary:
             random = TrialRandom(own["seeds"], device=self.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,13 +16,13 @@ from leakbench.errors import InvalidOutput, LeakbenchError, NotApplicable
 from leakbench.measures.catalogue import MEASURES, MeasureSpec, Quantity
 from leakbench.measures.rows import MEASURE_FIELDS
 from leakbench.measures.subject import ALL
-from leakbench.results import MEASURES_FOLDER, blank_row, task_columns, write_job
+from leakbench.results import MEASURES_FOLDER, blank_row, write_job
 from leakbench.runner.children import one_line
 from leakbench.runner.exchange import CLIENT_SECONDS_PER_TRIAL, GRACE_SECONDS, client_request
 from leakbench.runner.execute import JobOutcome, Runner, failures
 from leakbench.runner.gauge import ENDS
 from leakbench.runner.plan import Job
-from leakbench.runner.rows import entry_columns
+from leakbench.runner.rows import entry_columns, job_columns
 from leakbench.runner.scene import Weights
 from leakbench.runner.wire import Blob
 from leakbench.runner.workshop import SLACK_BYTES, ask
@@ -144,23 +143,12 @@ class MeasureRunner(Runner):
         """Return a row per trial, layer and quantity (of fitted ones no trials); a single one where there is none."""
         fixed = {
             **blank_row(MEASURE_FIELDS),
-            **task_columns(job.task),
+            **job_columns(job, self._columns(found.isolation)),
             **entry_columns("measure", (job.attack,)),
-            **entry_columns("defense", job.defense),
-            **self._columns(found.isolation),
-            "season": job.season.name,
-            "season_commitment": job.season.commitment,
-            "suite": job.suite,
-            "job_id": job.id,
-            "block_start": job.start,
-            "block_stop": job.stop,
-            "model_draws": job.model_draws,
-            "threads": job.threads,
             "status": found.status,
             "error": found.error,
             "wall_seconds": found.seconds,
             "peak_memory_bytes": found.peak_memory,
-            "utc": dt.datetime.now(dt.UTC),
         }
         if weights is not None:
             data = self._shop.scenes.dataset(job.task)

@@ -65,6 +65,24 @@ class Outcome:
         self.status, self.error, self.recovery = status, one_line(error), None
 
 
+def job_columns(job: Job, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that the job alone decides, of an attack or a measure, and those of ``provenance``."""
+    return {
+        **task_columns(job.task),
+        **entry_columns("defense", job.defense),
+        **provenance,
+        "season": job.season.name,
+        "season_commitment": job.season.commitment,
+        "suite": job.suite,
+        "job_id": job.id,
+        "block_start": job.start,
+        "block_stop": job.stop,
+        "model_draws": job.model_draws,
+        "threads": job.threads,
+        "utc": dt.datetime.now(dt.UTC),
+    }
+
+
 def job_rows(
     job: Job,
     outcome: Outcome,
@@ -77,27 +95,16 @@ def job_rows(
     count = len(job.trials)
     fixed = {
         **blank_row(),
-        **task_columns(job.task),
+        **job_columns(job, provenance),
         **entry_columns("attack", (job.attack,)),
-        **entry_columns("defense", job.defense),
-        **provenance,
-        "season": job.season.name,
-        "season_commitment": job.season.commitment,
-        "suite": job.suite,
         "budget_model_evaluations": job.model_evaluations,
         "budget_wall_seconds": job.wall_seconds,
-        "job_id": job.id,
-        "block_start": job.start,
-        "block_stop": job.stop,
-        "model_draws": job.model_draws,
         "model_shown": outcome.model_shown,
         "inserted": weights.inserted or None if weights is not None else None,
-        "threads": job.threads,
         "status": outcome.status,
         "error": outcome.error,
         "prepare_seconds": outcome.prepare_seconds,
         "peak_memory_bytes": outcome.peak_memory,
-        "utc": dt.datetime.now(dt.UTC),
     }
     if outcome.model_shown == DEFENDED:
         fixed["lane"] = None
