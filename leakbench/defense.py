@@ -72,6 +72,16 @@ class Defense(Entry):
     """The swept parameter and which way is stronger: ``("std", "higher")``."""
     merges: ClassVar[int] = 1
     """How many private examples of a batch go into one that the client trains on."""
+    neutral: ClassVar[Mapping[str, object] | None] = None
+    """Parameters with which it changes nothing: strength zero; None where there are none."""
+    draws: ClassVar[str] = ""
+    """What it draws at random; empty for a deterministic defense."""
+    likelihood: ClassVar[Literal["density", "surrogate", "simulated"] | None] = None
+    """How an adversary who knows it takes it into account: `log_likelihood` is the log-density of the sent update, or
+    a differentiable score that is greatest where the clean one fits; or the defense is run in a simulated client, with
+    fresh draws. None: it is never seen in an update."""
+    adaptive: ClassVar[tuple[str, ...]] = ()
+    """Names of the attacks that know it and that it has to face before it is ranked."""
 
     @property
     def tensorwise(self) -> bool:
@@ -115,12 +125,22 @@ class Defense(Entry):
         return update
 
     def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
-        """Log-density (T,) of the sent update given the clean one, for adaptive attacks.
+        """Log-density or surrogate (T,) of the sent update given the clean one; see `likelihood`.
+
+        Differentiable in ``clean``, over the tensors of ``sent``. ``clean`` is the update of a client that runs what
+        `inside` returns.
 
         Raises:
             NotImplementedError: The defense declares none.
         """
         raise NotImplementedError(f"{type(self).__name__} declares no likelihood")
+
+    def inside(self) -> Defense | None:
+        """Return what of it an adversary runs in a simulated client; `log_likelihood` accounts for the rest.
+
+        By default all of it, or nothing where it declares a density or a surrogate.
+        """
+        return None if self.likelihood in ("density", "surrogate") else self
 
     def withholds(self, model: Model) -> frozenset[str]:  # noqa: ARG002
         """Name the parameters of which nothing is sent, zeros in their place; whoever knows the defense knows which."""
@@ -176,6 +196,41 @@ class DefenseChain:
     def withholds(self, model: Model) -> frozenset[str]:
         """Return the names of the parameters that some part keeps back."""
         return frozenset[str]().union(*(part.withholds(model) for part in self.parts))
+
+    @property
+    def inside(self) -> DefenseChain:
+        """What an adversary runs in a simulated client; `log_likelihood` accounts for the rest."""
+        return DefenseChain([kept for part in self.parts if (kept := part.inside()) is not None])
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether some part declares a density or a surrogate."""
+        return any(part.likelihood in ("density", "surrogate") for part in self.parts)
+
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
+        """Return the log-density or surrogate (T,) of the sent update, differentiable in the clean one.
+
+        The last part that declares one scores; those before it are applied to ``clean`` with fresh draws (where one has
+        no derivative, straight through), so that the score is one draw of an expectation over their randomness.
+
+        Args:
+            sent: The update, (T, *shape) by name.
+            clean: That of a client with the defenses `inside`.
+            ctx: The moment of the client's ``update``.
+
+        Raises:
+            NotImplementedError: No part declares one.
+        """
+        scoring = [i for i, part in enumerate(self.parts) if part.likelihood in ("density", "surrogate")]
+        if not scoring:
+            raise NotImplementedError("no part of the chain declares a likelihood")
+        for index in scoring[:-1]:
+            part = self.parts[index]
+            if part.overrides("update"):
+                mapped = part.update(dict(clean), self._context(ctx, index, "update"))
+                clean = {name: _straight_through(clean[name], value) for name, value in mapped.items()}
+        last = scoring[-1]
+        return self.parts[last].log_likelihood(sent, clean, self._context(ctx, last, "update"))
 
     def mechanism(self, protocol: Protocol, batch_size: int) -> Mechanism | None:
         """Return what a client with this chain promises, in units of what it sends in one round.
@@ -296,6 +351,13 @@ class DefenseChain:
         names = [getattr(other, "name", type(other).__name__) for other in self.parts[: part + 1]]
         key = (names[-1], names.count(names[-1]) - 1)
         return replace(ctx, random=ctx.random.at("defense", *key, hook), state=ctx.states.setdefault(key, {}))
+
+
+def _straight_through(clean: Tensor, mapped: Tensor) -> Tensor:
+    """Return ``mapped``, with the derivative of the identity where it has none."""
+    if mapped.requires_grad or not clean.requires_grad:
+        return mapped
+    return clean + (mapped - clean).detach()
 
 
 def _last_step_hook(part: Defense) -> int:

@@ -77,6 +77,14 @@ class Description(Part):
     """Defense: the swept parameter and which way is stronger."""
     merges: Annotated[int, Field(ge=1)] = 1
     """Defense: how many private examples go into one that the client trains on."""
+    neutral: dict[str, Value] | None = None
+    """Defense: parameters with which it changes nothing."""
+    draws: str = ""
+    """Defense: what it draws at random."""
+    likelihood: str | None = None
+    """Defense: how an adversary takes it into account; see `leakbench.Defense.likelihood`."""
+    adaptive: tuple[str, ...] = ()
+    """Defense: attacks that know it and that it has to face before it is ranked."""
     params: dict[str, Value] = Field(default_factory=dict)
     """Constructor arguments with their defaults."""
     required: tuple[str, ...] = ()

@@ -293,6 +293,7 @@ class Knowledge:
         create_graph: bool = False,
         order: Tensor | None = None,
         defended: bool = True,
+        inside: bool = False,
         lr: float | None = None,
         local_steps: int | None = None,
         model: Model | None = None,
@@ -305,6 +306,7 @@ class Knowledge:
             create_graph: Whether the update is differentiable in inputs and labels.
             order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
             defended: Whether the defense takes part, with fresh randomness, where the threat model grants it.
+            inside: Whether only what `DefenseChain.log_likelihood` leaves to the simulated client takes part.
             lr: A guess where the learning rate is withheld.
             local_steps: A guess where the number of local steps is withheld.
             model: Where the local steps start; the model that the clients received where None.
@@ -319,7 +321,8 @@ class Knowledge:
         guessed = {"lr": lr, "local_steps": local_steps}
         protocol = self._facts.protocol.model_copy(update={k: v for k, v in guessed.items() if v is not None})
         self._count[0] += protocol.local_steps
-        client = Client(protocol, self.batch_size, (self._defense if defended else None) or DefenseChain())
+        chain = (self._defense if defended else None) or DefenseChain()
+        client = Client(protocol, self.batch_size, chain.inside if inside else chain)
         random = self._random.at("simulate", self.evaluations)
         if len(labels) != self.trials:  # more rows than trials: each has noise of its own
             random = random.rows(-(-len(labels) // self.trials)).part(0, len(labels))

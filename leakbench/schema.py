@@ -15,7 +15,7 @@ import pyarrow as pa
 from leakbench.metrics import METRICS
 from leakbench.tasks import Task
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Raised when a column is added, removed, renamed or changes its type."""
 
 BENCHMARK_VERSION = "0.3"
@@ -138,6 +138,12 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("defense_version", _INT, "Version of the entry"),
     Field("defense_params", _TEXT, "Constructor arguments, canonical JSON"),
     Field("defense_source_sha256", _TEXT, "Sha256 of the entry's source; null: it has no file", nullable=True),
+    Field(
+        "defense_strength",
+        _TEXT,
+        "JSON list, a part of the chain each: [swept parameter, `higher` or `lower` is stronger], or null",
+    ),
+    Field("defense_adaptive", _TEXT, "JSON list, a part each: names of the attacks it has to face to be ranked"),
     # Identity: the trial
     Field("job_id", _TEXT, "Content hash of task, block, entries and their parameters"),
     Field("block_start", _INT, "First trial of the job"),

@@ -146,6 +146,9 @@ def describe_class(cls: type[Entry], kind: str, name: str) -> dict[str, Any]:
         described["acts_on"] = [hook for hook in HOOKS if getattr(cls, hook) is not getattr(Defense, hook)]
         described["strength"] = list(cls.strength) if cls.strength else None
         described["merges"] = cls.merges
+        described["neutral"] = None if cls.neutral is None else dict(cls.neutral)
+        described["draws"], described["likelihood"] = cls.draws, cls.likelihood
+        described["adaptive"] = list(cls.adaptive)
     return described
 
 

@@ -70,6 +70,7 @@ def job_columns(job: Job, provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **task_columns(job.task),
         **entry_columns("defense", job.defense),
+        **defense_columns(job.defense),
         **provenance,
         "season": job.season.name,
         "season_commitment": job.season.commitment,
@@ -170,6 +171,13 @@ def entry_columns(kind: str, chain: Sequence[EntrySpec]) -> dict[str, Any]:
         f"{kind}_params": json.dumps(shown, sort_keys=True, separators=(",", ":")),
         f"{kind}_source_sha256": "+".join(h for h in hashes if h) or None,
     }
+
+
+def defense_columns(chain: Sequence[EntrySpec]) -> dict[str, str]:
+    """Return what the parts of a chain declare, for the board of defenses."""
+    strengths = [None if part.description.strength is None else list(part.description.strength) for part in chain]
+    adaptive = [list(part.description.adaptive) for part in chain]
+    return {"defense_strength": json.dumps(strengths), "defense_adaptive": json.dumps(adaptive)}
 
 
 def _counts(victims: Victims, classes: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -16,8 +17,12 @@ SWEPT = [pytest.param(cls, id=stem) for stem, cls in tiny.entries("defenses") if
 BLOCKS = [pytest.param(tiny.PROTOCOLS[name], id=name) for name in ("gradient", "delta", "clients")]
 
 
+NEUTRAL = [pytest.param(cls, id=stem) for stem, cls in tiny.entries("defenses") if cls.neutral is not None]
+
+
 def distortion(block, defense):
     """Return, per trial, how far the update is from the undefended one."""
+    block = block.under(defense)
     clean, sent = block.update(), block.update(defense=defense)
     return torch.stack([(sent[n] - clean[n]).flatten(1).square().sum(1) for n in clean]).sum(0).sqrt()
 
@@ -31,6 +36,7 @@ def test_an_instance_tells_the_parameters_it_was_made_with(cls):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("cls", DEFENSES)
 def test_names_shapes_and_dtypes_are_kept(cls, block):
+    block = block.under(cls())
     clean, sent = block.update(), block.update(defense=cls())
     assert {n: (v.shape, v.dtype) for n, v in sent.items()} == {n: (v.shape, v.dtype) for n, v in clean.items()}
     assert all(value.isfinite().all() for value in sent.values())
@@ -39,6 +45,7 @@ def test_names_shapes_and_dtypes_are_kept(cls, block):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("cls", DEFENSES)
 def test_same_streams_give_the_same_update(cls, block):
+    block = block.under(cls())
     once, again = block.update(defense=cls()), block.update(defense=cls())
     assert all(torch.equal(value, again[name]) for name, value in once.items())
 
@@ -46,6 +53,7 @@ def test_same_streams_give_the_same_update(cls, block):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("cls", DEFENSES)
 def test_a_trial_does_not_depend_on_the_others_of_its_block(cls, block):
+    block = block.under(cls())
     whole, alone = block.update(defense=cls()), block.only(2).update(defense=cls())
     for name, value in whole.items():
         torch.testing.assert_close(value[2:3], alone[name])
@@ -55,7 +63,7 @@ def test_a_trial_does_not_depend_on_the_others_of_its_block(cls, block):
 def test_a_tensorwise_defense_treats_a_tensor_the_same_alone(cls):
     if not cls().tensorwise:
         pytest.skip("looks across tensors")
-    block = tiny.PROTOCOLS["gradient"]
+    block = tiny.PROTOCOLS["gradient"].under(cls())
     whole = block.update(defense=cls())
     for name, value in whole.items():
         torch.testing.assert_close(block.update(defense=cls(), names=[name])[name], value)
@@ -64,7 +72,71 @@ def test_a_tensorwise_defense_treats_a_tensor_the_same_alone(cls):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("cls", DEFENSES)
 def test_an_attack_that_reads_nothing_is_sent_nothing(cls, block):
-    assert block.update(defense=cls(), names=[]) == {}
+    assert block.under(cls()).update(defense=cls(), names=[]) == {}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("cls", NEUTRAL)
+def test_neutral_parameters_change_nothing(cls, block):
+    assert distortion(block, cls(**cls.neutral)).max() < 1e-12
+
+
+@pytest.mark.parametrize("cls", DEFENSES)
+def test_what_is_drawn_is_declared(cls):
+    block = tiny.PROTOCOLS["gradient"].under(cls())
+    again = replace(block, streams=9)
+    once, other = block.update(defense=cls()), again.update(defense=cls())
+    same = all(torch.equal(value, other[name]) for name, value in once.items())
+    assert same == (not cls.draws), "`draws` says what it draws at random, and is empty for a deterministic defense"
+
+
+def loglikelihood(block, defense):
+    """Return the score of every trial's sent update given every trial's clean one, (sent T, clean T)."""
+    block = block.under(defense)
+    chain = DefenseChain([defense])
+    sent = block.update(defense=defense)
+    images, labels = (value[:, 0] for value in block.victims)
+    leaf = images.clone().requires_grad_()
+    client = Client(block.protocol, block.batch, chain.inside)
+    clean = client.update(block.model, leaf, labels, random=block.random(1), create_graph=True)
+    ctx = DefenseContext(
+        model=block.model,
+        inputs=images,
+        labels=labels,
+        loss=None,
+        round=0,
+        client=0,
+        local_step=0,
+        lr=0.1,
+        random=block.random(2),
+    )
+    scores = [
+        chain.log_likelihood({n: v[[s] * len(images)] for n, v in sent.items()}, clean, ctx) for s in range(len(images))
+    ]
+    return torch.stack(scores), leaf
+
+
+@pytest.mark.parametrize("cls", [p for p in DEFENSES if p.values[0].likelihood in ("density", "surrogate")])
+def test_a_likelihood_prefers_the_own_clean_update_and_is_differentiable(cls):
+    scores, leaf = loglikelihood(tiny.PROTOCOLS["gradient"], cls())
+    assert scores.isfinite().all()
+    assert (scores.argmax(1) == torch.arange(len(scores))).all()
+    # Off the own update, where a score may be flat.
+    (slope,) = torch.autograd.grad(scores[0, 1:].sum(), leaf)
+    assert slope.isfinite().all()
+    assert slope[1:].abs().amax() > 0
+
+
+@pytest.mark.parametrize("cls", [p for p in DEFENSES if p.values[0].likelihood == "simulated"])
+def test_a_simulated_defense_can_be_differentiated_through(cls):
+    block = tiny.PROTOCOLS["gradient"].under(cls())
+    images, labels = (value[:, 0] for value in block.victims)
+    leaf = images.clone().requires_grad_()
+    client = Client(block.protocol, block.batch, DefenseChain([cls()]).inside)
+    sent = client.update(block.model, leaf, labels, random=block.random(1), create_graph=True)
+    (slope,) = torch.autograd.grad(sum(value.square().sum() for value in sent.values()), leaf)
+    assert slope.isfinite().all()
+    assert slope.abs().amax() > 0
 
 
 @pytest.mark.parametrize("cls", SWEPT)
@@ -82,7 +154,7 @@ def test_distortion_grows_with_the_declared_strength(cls):
 
 @pytest.mark.parametrize("cls", DEFENSES)
 def test_hooks_do_not_change_their_arguments_in_place(cls):
-    block = tiny.PROTOCOLS["gradient"]
+    block = tiny.PROTOCOLS["gradient"].under(cls())
     model, chain = block.model, DefenseChain([cls()])
     images, labels = block.victims
     images, labels = images[:, 0], labels[:, 0]

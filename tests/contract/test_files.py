@@ -91,3 +91,25 @@ def test_defense_declares_the_hooks_it_brings(stem, cls):
         parameter, stronger = cls.strength
         assert parameter in cls().params()
         assert stronger in ("higher", "lower")
+
+
+def faced(cls, target):
+    """Return the attacks for a target that a defense names."""
+    known = dict(ATTACKS)
+    return [name for name in cls.adaptive if target in known[name].recovers]
+
+
+@pytest.mark.parametrize(("stem", "cls"), [pytest.param(s, c, id=s) for s, c in DEFENSES])
+def test_defense_names_adaptive_attacks_for_labels_and_inputs(stem, cls):
+    assert set(cls.adaptive) <= {name for name, _ in ATTACKS}
+    assert faced(cls, "labels")
+    assert faced(cls, "inputs")
+
+
+@pytest.mark.parametrize(("stem", "cls"), [pytest.param(s, c, id=s) for s, c in DEFENSES])
+def test_defense_says_how_an_adversary_takes_it_into_account(stem, cls):
+    seen = cls.acts_on & {"batch", "per_example", "step", "update"}
+    assert (cls.likelihood is not None) == bool(seen)
+    own = cls.log_likelihood is not Defense.log_likelihood
+    assert own == (cls.likelihood in ("density", "surrogate"))
+    assert cls.neutral is None or set(cls.neutral) <= set(cls().params())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import leakbench_baselines
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 
 from leakbench import Attack, Cohort, Defense, Knowledge, NotApplicable, NotGranted, Observation
 from leakbench.attack import FACTS, RecoveryShape
@@ -76,6 +78,8 @@ class Tiny:
     granted: frozenset[str] = MALICIOUS.granted()
     architecture: Architecture = MLP
     attribute: AttributeSpec = ODD
+    transform: Callable[[nn.Module], nn.Module] | None = None
+    streams: int = 1
 
     @property
     def inputs_per_client(self):
@@ -89,7 +93,9 @@ class Tiny:
     @property
     def model(self):
         draws = self.trials if self.own_models else (0,)
-        return build_model(self.architecture, SPEC.shape, 10, seeds=[70 + t for t in draws]).to(dtype=torch.float64)
+        seeds = [70 + t for t in draws]
+        net = build_model(self.architecture, SPEC.shape, 10, seeds=seeds, transform=self.transform)
+        return net.to(dtype=torch.float64)
 
     def with_inserted(self, attack):
         """Return the model with the module that the attack has inserted, all zeros, where it may."""
@@ -140,7 +146,7 @@ class Tiny:
         client = Client(self.protocol, self.batch, DefenseChain([defense] if defense else []))
         total = StreamedSum((1,) * self.protocol.clients)
         for k in range(self.protocol.clients):
-            random = self.random(1)
+            random = self.random(self.streams)
             model = planted.model_of(k)
             total.add(client.update(model, images[:, k], labels[:, k], random=random, client=k, names=names))
         return total.mean()
@@ -196,6 +202,10 @@ class Tiny:
 
     def only(self, *trials):
         return replace(self, trials=trials)
+
+    def under(self, defense):
+        """Return the block with the architecture that the defense makes of it."""
+        return replace(self, transform=defense.model) if defense.overrides("model") else self
 
     def granting(self, names):
         return replace(self, granted=frozenset(names))

@@ -24,6 +24,7 @@ def make(values, attack="llg", *, task=LABELS, reference=0.2, statuses=None, **c
     base |= blank_row() | task_columns(task)
     base |= {"season": "2026", "dataset_fingerprint": "f", "checkpoint_origin": "init", "isolation": "process"}
     base |= {"attack": attack, "attack_params": "{}", "defense": "none", "defense_params": "{}", "wall_seconds": 0.5}
+    base |= {"defense_strength": "[]", "defense_adaptive": "[]"}
     base |= {"draw": 0, METRICS[metric].reference: reference}
     references = reference if isinstance(reference, list) else [reference] * len(values)
     rows = []
