@@ -8,15 +8,17 @@ easy ones. Trials that were not available, and cells that were not applicable th
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from leakbench.board.arrays import Rows
 from leakbench.board.detection import STATISTICS, statistics
 from leakbench.board.stats import Interval, bootstrap
 from leakbench.keys import DEVELOPMENT
@@ -55,6 +57,18 @@ def entry_label(name: str, parameters: list[dict[str, Any]]) -> str:
     return "+".join(name + (f"({text})" if text else "") for name, text in zip(names, texts, strict=True))
 
 
+@lru_cache(maxsize=256)
+def _by_cluster(clusters: tuple[tuple[int, int], ...]) -> pd.MultiIndex:
+    return pd.MultiIndex.from_tuples(clusters, names=["draw", "trial"])
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Return the mean of the values that are known."""
+    known = ~np.isnan(values)
+    count = int(known.sum())
+    return float(np.where(known, values, 0.0).sum() / count) if count else np.nan
+
+
 @dataclass(frozen=True)
 class Cell:
     """The rows of one attack against one defense on one task.
@@ -65,7 +79,7 @@ class Cell:
     """
 
     keys: dict[str, Any]
-    rows: pd.DataFrame
+    rows: Rows
 
     @cached_property
     def metric(self) -> MetricSpec:
@@ -73,28 +87,45 @@ class Cell:
         return headline(self.keys["target"])
 
     @cached_property
-    def tried(self) -> pd.DataFrame:
+    def statuses(self) -> Counter[str]:
+        """How many rows have each status."""
+        return Counter(self.rows["status"].tolist())
+
+    @cached_property
+    def tried(self) -> Rows:
         """The rows that count: succeeded or failed, and where there are such, those that the attack declined."""
-        status = self.rows["status"]
-        tried = status.isin(["ok", *FAILURES])
-        return self.rows[tried | (status == "not_applicable")] if tried.any() else self.rows[tried]
+        counted = {"ok", *FAILURES}
+        if counted & self.statuses.keys():
+            counted.add("not_applicable")
+        if counted >= self.statuses.keys():
+            return self.rows
+        return self.rows.part(np.array([status in counted for status in self.rows["status"]], dtype=np.bool_))
 
     @cached_property
     def clusters(self) -> list[tuple[int, int]]:
         """What is resampled together: one model draw and victim."""
         return list(zip(self.tried["draw"].tolist(), self.tried["trial"].tolist(), strict=True))
 
+    @cached_property
+    def ok(self) -> NDArray[np.bool_]:
+        """Which of the rows that count succeeded."""
+        ok: NDArray[np.bool_] = self.tried["status"] == "ok"
+        return ok
+
     def reference(self, spec: MetricSpec) -> NDArray[np.float64]:
         """Return the chance or floor of each trial, that of the other trials' mean where a failed row lacks it."""
-        values = self.tried[spec.reference].to_numpy(float)
-        known = values[~np.isnan(values)]
-        return np.where(np.isnan(values), known.mean() if len(known) else np.nan, values)
+        values = self.tried[spec.reference]
+        missing = np.isnan(values)
+        if not missing.any():
+            return values
+        known = values[~missing]
+        return np.where(missing, known.mean() if len(known) else np.nan, values)
 
     def values(self, spec: MetricSpec) -> NDArray[np.float64]:
         """Return the value of each trial; a failed one, or one without a value, is its reference."""
-        values = self.tried[spec.name].to_numpy(float)
-        scored = (self.tried["status"] == "ok").to_numpy() & ~np.isnan(values)
-        return np.where(scored, values, self.reference(spec))
+        values = self.tried[spec.name]
+        scored = self.ok & ~np.isnan(values)
+        return values if scored.all() else np.where(scored, values, self.reference(spec))
 
     def mean(self, spec: MetricSpec) -> float:
         """Return the mean value of any metric; NaN for those of another target, or where nothing was planted.
@@ -103,12 +134,12 @@ class Cell:
         out, since counting them would make the mean depend on the machine.
         """
         if spec.target == "stealth":
-            return float(self.tried[spec.name].mean())
+            return _mean(self.tried[spec.name])
         if spec.target != metric_target(self.keys["target"]):
             return np.nan
-        ok = self.tried["status"] == "ok"
-        missing = (ok & self.tried[spec.name].isna() & self.tried[spec.reference].isna()).to_numpy()
-        values = self.values(spec)[~missing]
+        missing = self.ok & np.isnan(self.tried[spec.name]) & np.isnan(self.tried[spec.reference])
+        values = self.values(spec)
+        values = values[~missing] if missing.any() else values
         return float(values.mean()) if len(values) else np.nan
 
     @cached_property
@@ -139,20 +170,21 @@ class Cell:
     @cached_property
     def statistics(self) -> dict[str, Interval]:
         """Statistics over the trials of an inference target; a trial without a claim counts as one of .5."""
-        known = self.tried[self.tried["inference_truth"].notna()]
-        scores = known["inference_score"].astype(float).where(known["status"] == "ok").fillna(0.5)
-        clusters = list(zip(known["draw"].tolist(), known["trial"].tolist(), strict=True))
-        truth = known["inference_truth"].to_numpy(np.int64)
-        return statistics(truth, np.asarray(scores, dtype=np.float64), clusters, "statistics", *self.keys.values())
+        known = ~np.isnan(self.tried["inference_truth"])
+        scores = np.where(self.ok, self.tried["inference_score"], np.nan)[known]
+        scores = np.where(np.isnan(scores), 0.5, scores)
+        clusters = [cluster for cluster, kept in zip(self.clusters, known, strict=True) if kept]
+        truth = self.tried["inference_truth"][known].astype(np.int64)
+        return statistics(truth, scores, clusters, "statistics", *self.keys.values())
 
     @property
     def defense_note(self) -> str | None:
         """What to know of the defense: that it hides from the server what the server itself has sent."""
-        return OVERSTATES if (self.rows["model_shown"] == DEFENDED).any() else None
+        return OVERSTATES if DEFENDED in self.rows["model_shown"].tolist() else None
 
     def count(self, *statuses: str) -> int:
         """Return the number of rows with one of the statuses."""
-        return int(self.rows["status"].isin(statuses).sum())
+        return sum(self.statuses[status] for status in statuses)
 
     @property
     def coverage(self) -> float:
@@ -162,8 +194,8 @@ class Cell:
     @cached_property
     def by_trial(self) -> pd.Series[float]:
         """Values of the ranking metric by (draw, trial)."""
-        index = pd.MultiIndex.from_tuples(self.clusters, names=["draw", "trial"])
-        return pd.Series(self.values(self.metric), index=index).groupby(level=[0, 1]).mean()
+        values = pd.Series(self.values(self.metric), index=_by_cluster(tuple(self.clusters)))
+        return values if values.index.is_unique else values.groupby(level=[0, 1]).mean()
 
     @cached_property
     def ranked(self) -> bool:
@@ -173,7 +205,7 @@ class Cell:
             and self.keys["season"] != DEVELOPMENT.name
             and not pd.isna(self.keys["lane"])
             and self.keys["dataset"] not in DEMONSTRATION_DATASETS
-            and "none" not in set(self.rows["isolation"])
+            and "none" not in self.rows["isolation"].tolist()
         )
 
 
@@ -193,33 +225,36 @@ class BoardColumn:
 
 
 def _label(cell: Cell, kind: str) -> str:
-    return str(cell.rows[f"{kind}_label"].iloc[0])
+    return str(cell.rows[f"{kind}_label"][0])
 
 
 def _failure(cell: Cell) -> str | None:
-    errors = cell.rows.loc[cell.rows["status"] != "ok", "error"].dropna()
-    return None if errors.empty else str(errors.value_counts().index[0])
+    if cell.statuses.keys() == {"ok"}:
+        return None
+    pairs = zip(cell.rows["status"], cell.rows["error"], strict=True)
+    errors = Counter(str(error) for status, error in pairs if status != "ok" and error is not None)
+    return errors.most_common(1)[0][0] if errors else None
 
 
 def _number(cell: Cell, column: str) -> float:
-    return float(cell.tried[column].astype(float).mean())
+    return _mean(cell.tried[column])
 
 
 def _attributed(cell: Cell) -> bool | None:
-    known = cell.rows["attributed"].dropna()
-    return None if known.empty else bool(known.all())
+    known = cell.rows.known("attributed")
+    return all(known) if known else None
 
 
 def _inserted(cell: Cell) -> str | None:
-    known = cell.rows["inserted"].dropna()
-    return None if known.empty else str(known.iloc[0])
+    known = cell.rows.known("inserted")
+    return str(known[0]) if known else None
 
 
 def _status(status: str) -> BoardColumn:
     return BoardColumn(status, f"trials with status {status}", lambda c: c.count(status))
 
 
-def _mean(spec: MetricSpec) -> BoardColumn:
+def _metric(spec: MetricSpec) -> BoardColumn:
     return BoardColumn(spec.name, f"mean of {spec.name}", lambda c: c.mean(spec))
 
 
@@ -260,10 +295,12 @@ COLUMNS: tuple[BoardColumn, ...] = (
     BoardColumn("attributed", "whether label counts were claimed client by client", _attributed),
     BoardColumn("inserted", "module that was inserted in front of the net", _inserted),
     BoardColumn("refused", "mean share of the clients that refused", lambda c: _number(c, "refused")),
-    BoardColumn("seconds", "wall seconds of the attack per trial", lambda c: c.tried["wall_seconds"].mean()),
-    BoardColumn("isolation", "isolation levels of the rows", lambda c: ", ".join(sorted(set(c.rows["isolation"])))),
+    BoardColumn("seconds", "wall seconds of the attack per trial", lambda c: _number(c, "wall_seconds")),
+    BoardColumn(
+        "isolation", "isolation levels of the rows", lambda c: ", ".join(sorted(set(c.rows["isolation"].tolist())))
+    ),
     BoardColumn("failure", "most frequent error", _failure),
     BoardColumn("ranked", "whether the cell may count as a record", lambda c: c.ranked),
-    *map(_mean, METRICS.values()),
+    *map(_metric, METRICS.values()),
 )
 """The columns that follow the keys, in order."""

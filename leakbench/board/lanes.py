@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from leakbench.board.columns import ATTACK_KEYS, DEMONSTRATION_DATASETS, Cell
-from leakbench.board.score import group_ids, split_cells
+from leakbench.board.score import build_cells, group_ids, plain
 from leakbench.board.stats import rank_groups, stratified
 from leakbench.metrics import METRICS, headline
 from leakbench.tasks import local_batches
@@ -79,11 +79,15 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
     if not measured:
         return []
     rows = rows[rows["task_hash"].isin(measured)]
-    victims = {task: _victims(part) for task, part in rows.groupby("task_hash")}
+    victims = _Victims({task: _victims(part) for task, part in rows.groupby("task_hash")})
+    by_attack: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in build_cells(rows):
+        if len(cell.tried):
+            by_attack.setdefault(tuple(cell.keys[key] for key in ATTACK_KEYS), []).append(cell)
     built = []
     for _, part in rows.groupby(group_ids(rows, ATTACK_KEYS)):
-        cells = [cell for cell in (Cell(k, p) for k, p in split_cells(part)) if len(cell.tried)]
-        edges = _edges(cells, victims)
+        cells = by_attack.get(tuple(plain(part[key].iloc[0]) for key in ATTACK_KEYS), [])
+        edges = victims.edges(cells)
         line = keys | {key: part[key].iloc[0] for key in ATTACK_KEYS}
         line |= {
             "attack_label": part["attack_label"].iloc[0],
@@ -123,29 +127,46 @@ def _victims(part: pd.DataFrame) -> pd.DataFrame:
     return part[["draw", "trial"]].drop_duplicates().assign(law=law)
 
 
-def _edges(cells: list[Cell], victims: dict[Any, pd.DataFrame]) -> pd.DataFrame:
-    """Return the mean edge over tasks of every victim.
+class _Victims:
+    """The victims of a lane's tasks: one line per task, draw and trial, and one per victim and law.
 
-    Returns:
-        ``edge``, ``law``, ``tasks`` (of that law) and ``victims`` (of that law).
+    Args:
+        drawn: What `_victims` returns, by task.
     """
-    known = {cell.keys["task_hash"]: cell for cell in cells}
-    parts = []
-    for task, drawn in victims.items():
-        edges = pd.Series(0.0, index=pd.MultiIndex.from_frame(drawn[["draw", "trial"]]))
-        if task in known:
-            cell = known[task]
-            gap = cell.by_trial - cell.chance
-            if cell.metric.target != "inputs":
-                # Where chance is .89, naming a few classes of many gives -8: one task would decide the mean over all.
-                gap = (gap / (1 - cell.chance)).clip(lower=-1)
-            edges.loc[gap.index] = gap
-        parts.append(drawn.assign(edge=edges.to_numpy(), task=task))
-    every = pd.concat(parts)
-    by_law = every.groupby("law")["task"].nunique()
-    means = every.groupby(["law", "trial"], as_index=False)["edge"].mean()
-    counts = means.groupby("law")["trial"].transform("size")
-    means.index = pd.Index([f"{law} {trial}" for law, trial in zip(means["law"], means["trial"], strict=True)])
-    counts.index = means.index
-    result: pd.DataFrame = means.assign(tasks=means["law"].map(by_law), victims=counts)
-    return result
+
+    def __init__(self, drawn: dict[Any, pd.DataFrame]) -> None:
+        self._index = {task: pd.MultiIndex.from_frame(part[["draw", "trial"]]) for task, part in drawn.items()}
+        every = pd.concat([part.assign(task=task) for task, part in drawn.items()])
+        self._victim = every.groupby(["law", "trial"]).ngroup().to_numpy()
+        lines = every[["law", "trial"]].assign(victim=self._victim).drop_duplicates("victim").sort_values("victim")
+        lines.index = pd.Index([f"{law} {trial}" for law, trial in zip(lines["law"], lines["trial"], strict=True)])
+        lines["tasks"] = lines["law"].map(every.groupby("law")["task"].nunique())
+        lines["victims"] = lines.groupby("law")["trial"].transform("size")
+        self._lines = lines
+
+    def edges(self, cells: list[Cell]) -> pd.DataFrame:
+        """Return the mean edge of an attack over tasks, victim by victim.
+
+        Args:
+            cells: The attack's; on tasks without one, and on victims that it did not try, its edge is 0.
+
+        Returns:
+            ``edge``, ``law``, ``tasks`` (of that law) and ``victims`` (of that law).
+        """
+        known = {cell.keys["task_hash"]: cell for cell in cells}
+        parts = []
+        for task, index in self._index.items():
+            edges = pd.Series(0.0, index=index)
+            if task in known:
+                cell = known[task]
+                gap = cell.by_trial - cell.chance
+                if cell.metric.target != "inputs":
+                    # Where chance is .89, naming a few classes of many gives -8: one task would decide all.
+                    gap = (gap / (1 - cell.chance)).clip(lower=-1)
+                if gap.index.equals(index):
+                    edges = gap
+                else:
+                    edges.loc[gap.index] = gap
+            parts.append(edges.to_numpy())
+        means = pd.Series(np.concatenate(parts)).groupby(self._victim).mean()
+        return self._lines.assign(edge=means.to_numpy())

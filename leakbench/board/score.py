@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from leakbench.board.arrays import Rows
 from leakbench.board.columns import ATTACK_KEYS, CELL_KEYS, COLUMNS, DEFENSE_KEYS, TASK_KEYS, Cell
 from leakbench.board.stats import detectable_difference, rank_groups
 from leakbench.schema import DEFENDED
@@ -33,7 +34,7 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
         those of `TABLE_COLUMNS` depends on other cells.
     """
     rows = rows.dropna(subset=["attack"])
-    built = [Cell(keys, part) for keys, part in split_cells(rows)] if len(rows) else []
+    built = build_cells(rows)
     columns = [*CELL_KEYS, *(column.key for column in COLUMNS)]
     frame = pd.DataFrame(
         [cell.keys | {column.key: column.produce(cell) for column in COLUMNS} for cell in built], columns=columns
@@ -58,6 +59,24 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
 def group_ids(frame: pd.DataFrame, keys: tuple[str, ...]) -> pd.Series[int]:
     """Return the number of the group that each row is in; nulls are equal."""
     return frame.groupby(list(keys), dropna=False, sort=False).ngroup()
+
+
+def build_cells(rows: pd.DataFrame) -> list[Cell]:
+    """Return the cells of result rows, in the order of their first rows."""
+    if not len(rows):
+        return []
+    rows = _with_checkpoint(rows)
+    ids = group_ids(rows, CELL_KEYS).to_numpy()
+    order = np.lexsort((rows["trial"], rows["draw"], ids))
+    starts = np.flatnonzero(np.diff(ids[order], prepend=-1))
+    firsts = rows[list(CELL_KEYS)].iloc[order[starts]]
+    keys = zip(*([plain(value) for value in firsts[key].tolist()] for key in CELL_KEYS), strict=True)
+    whole = Rows.of(rows, order)
+    ends = [*starts[1:].tolist(), len(order)]
+    return [
+        Cell(dict(zip(CELL_KEYS, own, strict=True)), whole.part(slice(start, end)))
+        for own, start, end in zip(keys, starts.tolist(), ends, strict=True)
+    ]
 
 
 def split_cells(rows: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:

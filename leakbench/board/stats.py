@@ -45,7 +45,8 @@ def bootstrap(values: NDArray[np.float64], clusters: Sequence[Hashable], *names:
         return Interval(np.nan, np.nan, np.nan)
     numbers: dict[Hashable, int] = {}
     codes = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
-    sums, sizes = np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
+    own = len(numbers) == len(codes)  # as a rule; then there is nothing to add up
+    sums, sizes = values if own else np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
     mean = float(values.mean())
     if len(sums) < 2:
         return Interval(mean, np.nan, np.nan)
@@ -54,7 +55,7 @@ def bootstrap(values: NDArray[np.float64], clusters: Sequence[Hashable], *names:
     means = []
     for start in range(0, RESAMPLES, step):
         drawn = rng.integers(len(sums), size=(min(step, RESAMPLES - start), len(sums)))
-        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+        means.append(sums.take(drawn).sum(axis=1) / (len(sums) if own else sizes[drawn].sum(axis=1)))
     low, high = np.quantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(mean, float(low), float(high))
 
@@ -99,6 +100,8 @@ def stratified(parts: Sequence[tuple[float, NDArray[np.float64]]], *names: objec
 
 def paired(a: pd.Series[float], b: pd.Series[float]) -> pd.Series[float]:
     """Return a - b on their common trials; both are indexed by trial."""
+    if a.index is b.index or a.index.equals(b.index):
+        return a - b
     common = a.index.intersection(b.index)
     return a.loc[common] - b.loc[common]
 
