@@ -149,11 +149,16 @@ def read_kept(out: Path, *, runs: Collection[str] | None = None) -> list[Kept]:
         UserError: A file is damaged.
     """
     paths = (out / FOLDER / KEPT_FOLDER).glob("[!.]*.safetensors")
-    found = [_read(path) for path in paths if runs is None or path.stem.partition("-")[0] in runs]
+    found = [read_file(path) for path in paths if runs is None or path.stem.partition("-")[0] in runs]
     return sorted(found, key=lambda kept: (kept.run, kept.round, kept.client))
 
 
-def _read(path: Path) -> Kept:
+def read_file(path: Path) -> Kept:
+    """Read one file.
+
+    Raises:
+        UserError: It is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
