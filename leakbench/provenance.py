@@ -40,6 +40,7 @@ NUMBER_MOVING = (
     "runner/execute.py",
     "runner/gauge.py",
     "runner/grant.py",
+    "runner/kept.py",
     "runner/loading.py",
     "runner/measure.py",
     "runner/rows.py",

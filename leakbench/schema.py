@@ -83,7 +83,7 @@ ROW_FIELDS: tuple[Field, ...] = (
     Field("architecture_params", _TEXT, "Constructor arguments, JSON"),
     Field("stage", _TEXT, "How far the model was trained"),
     Field("checkpoint_sha256", _TEXT, "Sha256 of the weights of this trial's model; null: not built", nullable=True),
-    Field("checkpoint_origin", _TEXT, "init, official, local or pretrained; null: not built", nullable=True),
+    Field("checkpoint_origin", _TEXT, "init, official, local, pretrained or training; null: not built", nullable=True),
     Field("batch_size", _INT, "B: examples per local batch; of the largest client where they differ"),
     Field(
         "batch_sizes",

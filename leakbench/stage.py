@@ -14,6 +14,9 @@ from leakbench.parts import Part
 STAGES = ("untrained", "early", "mid", "converged", "pretrained")
 """Stages by name; the others are runs of SGD, see `SGDStage`."""
 
+IN_TRAINING = "in_training"
+"""The stage of updates that a federated training kept as they were sent, each with the model that it answered."""
+
 
 class SGDStage(Part):
     """A model after some steps of SGD on the private split, written ``sgd(steps=100, ...)``: papers' own schedules.
@@ -43,7 +46,7 @@ class SGDStage(Part):
         Raises:
             ValueError: It is neither a name nor an ``sgd(...)`` that can be read.
         """
-        if stage in STAGES:
+        if stage in (*STAGES, IN_TRAINING):
             return None
         inner = re.fullmatch(r"sgd\((.*)\)", stage.replace(" ", ""))
         fields = [part.partition("=") for part in inner[1].split(",")] if inner else []
@@ -68,8 +71,10 @@ class SGDStage(Part):
 
 
 def stage_order(stage: str) -> tuple[int, int, str]:
-    """Return where a stage stands among others: those by name first, then runs of SGD by their steps."""
+    """Return where a stage stands among others: those by name, then runs of SGD by their steps, then `IN_TRAINING`."""
     sgd = SGDStage.parse(stage)
+    if sgd is None and stage == IN_TRAINING:
+        return (2, 0, stage)
     return (1, sgd.steps, stage) if sgd else (0, STAGES.index(stage), stage)
 
 

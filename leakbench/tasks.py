@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from leakbench.parts import Part, content_hash
-from leakbench.stage import SGDStage, Stage
+from leakbench.stage import IN_TRAINING, SGDStage, Stage
 
 Sampler = Literal["iid", "unique", "unbalanced", "single_class", "balanced", "dirichlet"]
 BNStatistics = Literal["none", "running", "updated_running", "exact_batch"]
@@ -363,7 +363,10 @@ class Task(Part):
         if protocol.clients > 1:
             return "aggregate"
         if protocol.sends != "gradient":
-            return "passive_update" if protocol.local_steps > 1 and not threat.lr else None
+            if protocol.local_steps > 1 and not threat.lr:
+                return "passive_update"
+            if self.stage != IN_TRAINING:  # there, whatever a federation sends counts
+                return None
         if self.target == "labels":
             return "passive_labels"
         if threat.labels:

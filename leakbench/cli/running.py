@@ -78,13 +78,20 @@ def _reported(report: Report | None, as_json: bool) -> int:
 @click.option("--attack", "attacks", multiple=True, metavar="EXPR", help="Instead of the suite's attacks; repeatable.")
 @click.option("--defense", "defenses", multiple=True, metavar="EXPR", help="Instead of its defenses; repeatable.")
 @click.option("--trials", type=int, help="Instead of the suite's number of trials.")
+@click.option(
+    "--in-training",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Also attack the updates that leakbench utility kept in OUT.",
+)
 @click.option("--shard", metavar="I/N", help="Do only the I-th of N parts of the jobs.")
 @_run_options
 def run(suite: str, shard: str | None, as_json: bool, **options: Any) -> int:
     """Run SUITE (a name or a YAML file) and write one row per trial.
 
     Running the same command again resumes it. EXPR is NAME, NAME(key=value) or path/to/file.py:Class; a chain of
-    defenses is joined by +.
+    defenses is joined by +. What leakbench utility kept is attacked as the suite attacks the same dataset and defense,
+    in rows of stage in_training.
     """
     from leakbench.runner.plan import parse_shard
 

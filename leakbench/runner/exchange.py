@@ -65,7 +65,7 @@ class Exchange:
         self.outcome = outcome
         self.on_progress = on_progress
         self.data = shop.scenes.dataset(job.task)
-        self.order = shop.scenes.order(job.task, job.trials)
+        self.order = shop.order(job)
         self.names = read_names(job.attack.description.reads, weights, job.task.protocol, job.task.target)
         # An adversary that does not know the weights is not shown any.
         self.plants = job.attack.description.plants and job.task.threat_model.change_parameters
@@ -90,6 +90,12 @@ class Exchange:
             self._converse()
 
     def _converse(self) -> None:
+        if self.job.kept:
+            kept = self._kept()
+            attack = self._attack_child(self._prepared(), preparing=False)
+            self._await(attack, "attack", GRACE_SECONDS)
+            self._recover(attack, [kept])
+            return
         attack = self._attack_child(self._prepared(), preparing=False)
         client = self._client_child()
         self._await(attack, "attack", GRACE_SECONDS)
@@ -102,6 +108,19 @@ class Exchange:
             updates.append(self._update(client, index, planted))
         client.close(wait=False)
         self._recover(attack, updates)
+
+    def _kept(self) -> Blob:
+        """Return of the updates that were kept what the attack may see; no client is asked again."""
+        if self.shows:
+            raise NotApplicable("a kept update comes without what the defense shows of the model")
+        if self.task.threat_model.bn_statistics in ("updated_running", "exact_batch") and self.weights.buffers:
+            raise NotApplicable("a kept update comes without the BatchNorm statistics of its batches")
+        update, state = self.shop.block(self.job).update, {**self.weights.parameters, **self.weights.buffers}
+        with blaming("client"):
+            if any(name not in update or update[name].shape != state[name].shape for name in self.names):
+                raise InvalidOutput("the kept update is not of its model's tensors")
+            _check_finite({name: update[name] for name in self.names})
+        return Blob.pack({name: update[name] for name in self.names})
 
     def _client_child(self) -> Child:
         """Start the client."""
@@ -157,9 +176,7 @@ class Exchange:
                 raise InvalidOutput(f"sent tensors {_brief(got)}, expected {_brief(expected)}")
         # A client can do nothing about a model that overflows: whoever planted it is to blame.
         with blaming("attack.plant" if self.outcome.planted and self.outcome.planted[-1] else "client"):
-            for name, tensor in tensors.items():
-                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                    raise InvalidOutput(f"the update's {name!r} is not finite")
+            _check_finite(tensors)
             self.outcome.refused = _shares(message.body.get("refused"), trials)
         return message.blobs["update"]
 
@@ -355,6 +372,12 @@ def client_request(
         "device": shop.device,
     }
     return body, blobs
+
+
+def _check_finite(update: Mapping[str, Tensor]) -> None:
+    for name, tensor in update.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise InvalidOutput(f"the update's {name!r} is not finite")
 
 
 def _shares(given: object, trials: int) -> list[float]:

@@ -158,6 +158,9 @@ class Runner:
 
     def _unavailable(self, job: Job) -> str | None:
         try:
+            if job.kept:
+                self._check_memory(job, self._shop.weights(job))
+                return None
             self._shop.scenes.victims(job.task, [job.start])
             trained = job.task.stage not in ("untrained", "pretrained")
             # What is asked does not depend on training, which may take minutes.
@@ -197,7 +200,7 @@ class Runner:
         victims: Victims | None = None
         weights: Weights | None = None
         with failures(outcome) as printed:
-            victims = self._shop.scenes.victims(job.task, job.trials)
+            victims = self._shop.victims(job)
             weights = self._shop.weights(job)
             missing = set(job.attack.description.needs) - granted_names(job.task, weights, job.defense)
             if missing:

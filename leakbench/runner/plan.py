@@ -10,9 +10,10 @@ from typing import Any
 
 from leakbench.entries import EntrySpec, chain_label
 from leakbench.errors import UserError
-from leakbench.grids import Cell, ModelDraws
+from leakbench.grids import Cell, KeptFile, ModelDraws
 from leakbench.keys import Season
 from leakbench.parts import content_hash
+from leakbench.stage import IN_TRAINING
 from leakbench.tasks import Task
 
 
@@ -32,6 +33,7 @@ class Job:
         wall_seconds: Wall seconds per trial that the attack may spend; None: unlimited.
         model_evaluations: Gradient evaluations per trial that the attack may spend; None: unlimited.
         season: Name and key of the victims' draw.
+        kept: One update for each trial, where no client is asked: stage ``in_training``.
     """
 
     suite: str
@@ -45,6 +47,7 @@ class Job:
     wall_seconds: float | None
     model_evaluations: int | None
     season: Season
+    kept: tuple[KeptFile, ...] = ()
 
     @property
     def trials(self) -> range:
@@ -66,7 +69,7 @@ class Job:
         """Return what the id covers. JSON-able; holds the season's commitment, never its key."""
         from leakbench.results import BENCHMARK_VERSION, SCHEMA_VERSION  # imports pandas
 
-        return {
+        content: dict[str, Any] = {
             "benchmark_version": BENCHMARK_VERSION,
             "schema_version": SCHEMA_VERSION,
             "season": self.season.commitment,
@@ -79,6 +82,7 @@ class Job:
             "wall_seconds": self.wall_seconds,
             "model_evaluations": self.model_evaluations,
         }
+        return content | {"kept": [file.sha256 for file in self.kept]} if self.kept else content
 
 
 def plan(cells: Iterable[Cell], season: Season) -> list[Job]:
@@ -86,9 +90,17 @@ def plan(cells: Iterable[Cell], season: Season) -> list[Job]:
 
     Returns:
         Distinct jobs, sorted by task, defense, attack and block, so that jobs that share data and models are neighbors.
+
+    Raises:
+        UserError: A task is of stage ``in_training`` and there are no updates for it.
     """
     jobs: dict[str, Job] = {}
     for cell in cells:
+        if cell.task.stage == IN_TRAINING and not cell.kept:
+            raise UserError(
+                f"stage {IN_TRAINING}: no model is trained to it; it is of updates that leakbench utility kept; type: "
+                "leakbench run SUITE --in-training OUT"
+            )
         for start in range(0, cell.trials, cell.trials_per_job):
             job = Job(
                 suite=cell.suite,
@@ -102,6 +114,7 @@ def plan(cells: Iterable[Cell], season: Season) -> list[Job]:
                 wall_seconds=cell.budget.wall_seconds,
                 model_evaluations=cell.budget.model_evaluations,
                 season=season,
+                kept=cell.kept[start : start + cell.trials_per_job],
             )
             jobs.setdefault(job.id, job)
     return sorted(

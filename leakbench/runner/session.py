@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from leakbench.runner.plan import Job, plan, shard
 from leakbench.runner.pool import OtherCode, Summary, has_failed, resume, run_jobs
 from leakbench.runner.progress import make_display, shown_log
 from leakbench.suites import load_suite
+from leakbench.utility.attacked import kept_cells
 
 PLAN_FILE = "plan.json"
 """Name, in the output directory, of the last plan: what `status` counts the rows against."""
@@ -48,6 +49,7 @@ class Request:
         keep_cell: Which cells of the suite to run; all where None.
         measuring: Whether to compute measures instead of running attacks.
         measures: Expressions instead of the suite's measures; empty for those.
+        in_training: Output directory of `leakbench utility` whose kept updates are attacked too.
         command: What to type to resume.
     """
 
@@ -67,6 +69,7 @@ class Request:
     keep_cell: Callable[[Cell], bool] | None = None
     measuring: bool = False
     measures: tuple[str, ...] = ()
+    in_training: Path | None = None
     command: str = ""
 
 
@@ -83,6 +86,7 @@ class Report:
         failed: What failed, now or before: job and error.
         trials: Trials run now, per status.
         left_out: Jobs that are not part of the plan, by the reason.
+        not_attacked: Kept updates that no job attacks, by the reason.
     """
 
     out: str
@@ -93,6 +97,7 @@ class Report:
     failed: list[str]
     trials: dict[str, int]
     left_out: dict[str, int]
+    not_attacked: dict[str, int] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         """Return the report as a JSON-able mapping."""
@@ -109,6 +114,7 @@ class Report:
         if self.trials.get("unavailable"):
             lines.append("unavailable: where what they lack can be had, get it and run them again with --retry-failed")
         lines += [f"{count} jobs left out: {reason}" for reason, count in self.left_out.items()]
+        lines += [f"{count} kept updates not attacked: {reason}" for reason, count in self.not_attacked.items()]
         return "\n".join([*lines, f"rows: {self.out}", f"next: {self.board}"])
 
 
@@ -130,6 +136,10 @@ def run_suite(request: Request) -> Report:
         if not any(grid.attacks for grid in suite.grids):
             raise UserError(f"suite {suite.name!r} has measures only; type: leakbench measure {request.suite}")
     cells = [cell for cell in cells if request.keep_cell is None or request.keep_cell(cell)]
+    not_attacked: dict[str, int] = {}
+    if request.in_training is not None:
+        kept = kept_cells(request.in_training, cells, season, trials=request.trials)
+        cells, not_attacked = [*cells, *kept.cells], kept.left_out
     jobs = plan(cells, season)
     left_out: Counter[str] = Counter()
     if request.only_available:
@@ -151,6 +161,7 @@ def run_suite(request: Request) -> Report:
         failed=[f"{o.job.label}: {o.error}" for o in summary.failed] + [job.label for job in state.failed],
         trials=summary.statuses,
         left_out=dict(left_out),
+        not_attacked=not_attacked,
     )
 
 

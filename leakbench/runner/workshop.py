@@ -26,6 +26,7 @@ from leakbench.runner.artefacts import Artefact, Artefacts
 from leakbench.runner.children import Child, ChildFailed
 from leakbench.runner.grant import granted_state
 from leakbench.runner.isolate import ChildServer, Level
+from leakbench.runner.kept import Block, load_block
 from leakbench.runner.plan import Job
 from leakbench.runner.scene import Built, Kept, Scenes, Weights
 from leakbench.runner.stealth import changes, stealth
@@ -74,6 +75,7 @@ class Workshop:
         self._granted = Kept(4)
         self._inserted = Kept(2)
         self._honest = Kept(64)
+        self._blocks = Kept(2)
         self._lock = threading.Lock()
         self.closed = False
         self._server = self._new_server()
@@ -118,6 +120,18 @@ class Workshop:
         if name is None or not job.task.threat_model.change_architecture:
             return None
         return insertion(name, {**job.attack.params, "clients": job.task.protocol.clients})
+
+    def block(self, job: Job) -> Block:
+        """Return the kept updates of a job of stage ``in_training``, with what belongs to them."""
+        return self._blocks.get(job.kept, lambda: load_block(job, self.scenes.dataset(job.task)))
+
+    def victims(self, job: Job) -> Victims:
+        """Return the private examples of a block: drawn, or those of the updates that were kept."""
+        return self.block(job).victims if job.kept else self.scenes.victims(job.task, job.trials)
+
+    def order(self, job: Job) -> Tensor | None:
+        """Return (T, K, local_steps, B) example indices; see `Scenes.order`."""
+        return self.block(job).order if job.kept else self.scenes.order(job.task, job.trials)
 
     def weights(self, job: Job) -> Weights:
         """Return the model of a block as the server holds it, with the module that the attack has inserted."""
@@ -165,6 +179,8 @@ class Workshop:
 
     def _weights(self, job: Job) -> Weights:
         """Return the model of a block; a defense that changes the architecture does so in a child."""
+        if job.kept:
+            return self.block(job).weights
         changing = [part for part in job.defense if "model" in part.description.acts_on]
         if not changing:
             return self.scenes.weights(job.task, job.model_draws, job.trials)
