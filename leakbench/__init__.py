@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from leakbench.errors import NotApplicable as NotApplicable
     from leakbench.errors import NotGranted as NotGranted
     from leakbench.errors import UserError as UserError
+    from leakbench.federation.gradients import per_trial_gradients as per_trial_gradients
     from leakbench.knowledge import Knowledge as Knowledge
     from leakbench.mechanism import Mechanism as Mechanism
     from leakbench.models.functional import Model as Model
+    from leakbench.models.functional import layer_inputs as layer_inputs
     from leakbench.observation import Cohort as Cohort
     from leakbench.observation import Observation as Observation
     from leakbench.suites import load_suite as load_suite
@@ -44,8 +46,10 @@ _HOMES = {
     "Task": "leakbench.tasks",
     "UserError": "leakbench.errors",
     "evaluate": "leakbench.api",
+    "layer_inputs": "leakbench.models.functional",
     "load_suite": "leakbench.suites",
     "load_task": "leakbench.suites",
+    "per_trial_gradients": "leakbench.federation.gradients",
     "register": "leakbench.entry",
 }
 

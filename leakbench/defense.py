@@ -232,7 +232,7 @@ class DefenseChain:
         last = scoring[-1]
         return self.parts[last].log_likelihood(sent, clean, self._context(ctx, last, "update"))
 
-    def mechanism(self, protocol: Protocol, batch_size: int) -> Mechanism | None:
+    def mechanism(self, protocol: Protocol, batch_size: int, *, layers: int | None = None) -> Mechanism | None:
         """Return what a client with this chain promises, in units of what it sends in one round.
 
         None where a part that has a say in the update declares nothing, where noise of one local step goes through
@@ -241,10 +241,11 @@ class DefenseChain:
         Args:
             protocol: What the client does and sends.
             batch_size: B of the client.
+            layers: How many layers the model has, where known.
         """
         if protocol.send_buffers:
             return None
-        found: Mechanism | None = Mechanism()
+        found: Mechanism | None = Mechanism(layers=layers)
         # In the order in which they act last: noise after a clip is not a clip after noise.
         in_steps = sorted((p for p in self.parts if _last_step_hook(p) >= 0), key=_last_step_hook)
         on_sent = [part for part in self.parts if part.overrides("update")]
@@ -255,7 +256,7 @@ class DefenseChain:
         if found is None or (found.std > 0 and protocol.local_steps > 1):
             return None
         if protocol.sends != "gradient":
-            found = found.scaled(protocol.lr) if protocol.local_steps == 1 else Mechanism()
+            found = found.scaled(protocol.lr) if protocol.local_steps == 1 else Mechanism(layers=layers)
         for part in on_sent:
             found = found and part.mechanism(found, batch_size=batch_size, reduction=protocol.reduction)
         return found

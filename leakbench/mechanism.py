@@ -23,11 +23,13 @@ class Mechanism:
         example: Greatest L2 change of what is sent, but for the noise, when one example is replaced; inf where
             unbounded.
         update: Greatest L2 distance between any two updates, but for the noise; inf where unbounded.
+        layers: How many layers the model has, where known: what is bounded layer by layer grows with it.
     """
 
     std: float = 0.0
     example: float = math.inf
     update: float = math.inf
+    layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.std < 0 or not 0 <= self.example <= self.update:
@@ -35,7 +37,7 @@ class Mechanism:
 
     def scaled(self, factor: float) -> Mechanism:
         """Return the mechanism of ``factor`` times what is sent."""
-        return Mechanism(std=factor * self.std, example=factor * self.example, update=factor * self.update)
+        return replace(self, std=factor * self.std, example=factor * self.example, update=factor * self.update)
 
     def noised(self, std: float) -> Mechanism:
         """Return the mechanism with further, independent noise."""
@@ -48,7 +50,7 @@ class Mechanism:
         """
         if self.std > 0:
             return None
-        return Mechanism(example=min(self.example, 2 * bound), update=min(self.update, 2 * bound))
+        return replace(self, example=min(self.example, 2 * bound), update=min(self.update, 2 * bound))
 
     @property
     def mu_example(self) -> float:
