@@ -80,6 +80,10 @@ def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local
 
                     gauge = MeasureRole(message, local or {}, sock)
                     roles = {"rehearse": gauge.rehearse, "measure": gauge.measure}
+                elif message.kind == "entry":
+                    from leakbench.submitting.role import CheckRole  # no part of a run
+
+                    roles = {"law": CheckRole(message).check}
                 elif message.kind == "attack":
                     attack = AttackRole(message, local or {}, sock)
                     roles = {"prepare": attack.prepare, "plant": attack.plant, "run": attack.run}
