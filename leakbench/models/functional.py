@@ -98,7 +98,10 @@ class Model:
     @property
     def nonnegative_features(self) -> bool | None:
         """Whether the input of the last layer is never negative; None when unknown."""
-        return nonnegative_features(self.architecture)
+        # A defense's module around the last layer knows better than the name of the architecture.
+        around = self.module.get_submodule(self.head.rpartition(".")[0])
+        declared: bool | None = getattr(around, "nonnegative_features", None)
+        return nonnegative_features(self.architecture) if declared is None else declared
 
     @property
     def draws(self) -> int:

@@ -50,7 +50,9 @@ def observe(
     picks = torch.randint(0, 1500, (trials, count), generator=torch.Generator().manual_seed(5))
     inputs, classes = images[picks].to(dtype), targets[picks]
     net = net or Architecture(name="lenet_zhu", init="uniform(0.5)")
-    model = build_model(net, spec.shape, 10, seeds=range(trials if own_models else 1)).to(dtype=dtype)
+    transform = defense.model if defense else None
+    seeds = range(trials if own_models else 1)
+    model = build_model(net, spec.shape, 10, seeds=seeds, transform=transform).to(dtype=dtype)
     random = TrialRandom(torch.arange(trials * 32).reshape(trials, 32).to(torch.uint8))
     chain = DefenseChain([defense] if defense else [])
     client = Client(protocol, batch, chain)
