@@ -6,34 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from leakbench.entries import NO_DEFENSE, EntrySpec, chain_label, resolve_all
 from leakbench.errors import UserError
 from leakbench.measures.catalogue import DEFAULT, MEASURES, resolve_measure
-from leakbench.parts import Part
+from leakbench.parts import Axis, Part, axis
 from leakbench.stage import Stage
 from leakbench.tasks import Architecture, AttributeSpec, BatchSpec, Protocol, Target, Task, ThreatModel
+from leakbench.utility.spec import UtilityGrid
 
 ModelDraws = Literal["one", "per_trial"]
-T = TypeVar("T")
-
-
-def _axis(shorthand: str | None = None) -> BeforeValidator:
-    """Make a scalar an axis of one value, and the shorthand (``8`` for ``{size: 8}``) a mapping."""
-
-    def convert(value: Any) -> Any:
-        values = value if isinstance(value, list) else [value]
-        if shorthand is not None:
-            values = [{shorthand: v} if isinstance(v, str | int) else v for v in values]
-        return tuple(values)
-
-    return BeforeValidator(convert)
-
-
-_Axis = Annotated[tuple[T, ...], _axis(), Field(min_length=1)]
 
 
 class Budget(Part):
@@ -48,29 +33,29 @@ class Budget(Part):
 class Grid(Part):
     """Axes of a grid: each is one value or a list, the grid is their product."""
 
-    dataset: _Axis[str]
+    dataset: Axis[str]
     """Names in leakbench.data or ``.npz`` files."""
-    architecture: Annotated[tuple[Architecture, ...], _axis("name"), Field(min_length=1)]
+    architecture: Annotated[tuple[Architecture, ...], axis("name"), Field(min_length=1)]
     """Names, or mappings with name, init, params."""
-    stage: _Axis[Stage] = ("untrained",)
+    stage: Axis[Stage] = ("untrained",)
     """How far the model was trained."""
-    batch: Annotated[tuple[BatchSpec, ...], _axis("size"), Field(min_length=1)] = (BatchSpec(),)
+    batch: Annotated[tuple[BatchSpec, ...], axis("size"), Field(min_length=1)] = (BatchSpec(),)
     """Batch sizes, or mappings with size, sampler, alpha."""
-    protocol: Annotated[tuple[Protocol, ...], _axis("sends"), Field(min_length=1)] = (Protocol(),)
+    protocol: Annotated[tuple[Protocol, ...], axis("sends"), Field(min_length=1)] = (Protocol(),)
     """What is sent (``gradient``), or mappings."""
-    threat_model: Annotated[tuple[ThreatModel, ...], _axis(), Field(min_length=1)] = (ThreatModel(),)
+    threat_model: Annotated[tuple[ThreatModel, ...], axis(), Field(min_length=1)] = (ThreatModel(),)
     """Mappings of what the adversary knows and may do."""
-    normalise: _Axis[bool] = (True,)
+    normalise: Axis[bool] = (True,)
     """Whether inputs are normalised."""
-    target: _Axis[Target] = ("labels",)
+    target: Axis[Target] = ("labels",)
     """What is to be recovered."""
-    attribute: Annotated[tuple[AttributeSpec, ...], _axis("name")] = ()
+    attribute: Annotated[tuple[AttributeSpec, ...], axis("name")] = ()
     """With target ``attribute``, and no part of the product elsewhere: names, or mappings with name, value, mix."""
-    attacks: Annotated[tuple[str, ...], _axis()] = ()
+    attacks: Annotated[tuple[str, ...], axis()] = ()
     """Attack expressions; may be empty where there are measures."""
-    measures: Annotated[tuple[str, ...], _axis()] = ()
+    measures: Annotated[tuple[str, ...], axis()] = ()
     """Measure expressions, for ``leakbench measure``."""
-    defenses: _Axis[str] = (NO_DEFENSE,)
+    defenses: Axis[str] = (NO_DEFENSE,)
     """Defense expressions; ``none`` is the undefended client."""
     trials: Annotated[int, Field(ge=1)] | None = None
     """Trials of every cell, instead of the suite's."""
@@ -102,7 +87,7 @@ class Grid(Part):
         for target in self.target:
             specs = (self.attribute or (None,)) if target == "attribute" else (None,)
             asked += [{"target": target, "attribute": spec} for spec in specs]
-        for *values, what in product(*(getattr(self, axis) for axis in axes), asked):
+        for *values, what in product(*(getattr(self, name) for name in axes), asked):
             yield Task(**dict(zip(axes, values, strict=True)), **what)
 
 
@@ -168,6 +153,10 @@ class Suite(Part):
     """What an attack may spend."""
     grids: Annotated[list[Grid], Field(min_length=1)]
     """The grids."""
+    utility: Annotated[tuple[UtilityGrid, ...], axis()] = ()
+    """Federated trainings, for ``leakbench utility``."""
+
+    younger: ClassVar[frozenset[str]] = frozenset({"utility"})
 
     def tasks(self) -> dict[str, Task]:
         """Return the distinct tasks by hash."""

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+
+T = TypeVar("T")
 
 
 class Part(BaseModel):
@@ -26,6 +35,22 @@ class Part(BaseModel):
     def content(self) -> dict[str, Any]:
         """Return the JSON-able content that the hash covers."""
         return self.model_dump(mode="json")
+
+
+def axis(shorthand: str | None = None) -> BeforeValidator:
+    """Make a scalar an axis of one value, and the shorthand (``8`` for ``{size: 8}``) a mapping."""
+
+    def convert(value: Any) -> Any:
+        values = value if isinstance(value, list) else [value]
+        if shorthand is not None:
+            values = [{shorthand: v} if isinstance(v, str | int) else v for v in values]
+        return tuple(values)
+
+    return BeforeValidator(convert)
+
+
+Axis = Annotated[tuple[T, ...], axis(), Field(min_length=1)]
+"""One value or a list of them."""
 
 
 def content_hash(content: object) -> str:

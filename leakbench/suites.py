@@ -24,6 +24,7 @@ from leakbench.models.catalogue import architecture_spec
 from leakbench.parts import Part
 from leakbench.sources import Kind
 from leakbench.tasks import Architecture, BatchSpec, Protocol, Task, ThreatModel
+from leakbench.utility.spec import UtilityGrid
 
 __all__ = ["Cell", "Grid", "Suite", "load_suite", "load_task", "read_suite", "suite_paths"]
 
@@ -134,6 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 _MODELS: dict[str, type[Part]] = {
     "grids": Grid,
+    "utility": UtilityGrid,
     "architecture": Architecture,
     "batch": BatchSpec,
     "protocol": Protocol,
@@ -197,28 +199,37 @@ def _key_path(loc: Sequence[str | int], raw: Any) -> str:
 
 
 def _check_names(suite: Suite, path: Path) -> None:
-    checks: dict[str, Callable[[Grid], object]] = {
+    common: dict[str, Callable[[Any], object]] = {
         "dataset": _check_datasets,
         "architecture": lambda grid: [architecture_spec(part.name) for part in grid.architecture],
+        "defenses": lambda grid: resolve_all([("defense", text) for text in grid.defenses]),
+    }
+    checks: dict[str, Callable[[Any], object]] = {
+        "dataset": common["dataset"],
+        "architecture": common["architecture"],
         "batch": _check_classes,
         "attribute": _check_attributes,
         "attacks": _check_attacks,
         "measures": lambda grid: [resolve_measure(text) for text in grid.measures],
-        "defenses": lambda grid: resolve_all([("defense", text) for text in grid.defenses]),
+        "defenses": common["defenses"],
     }
     texts: list[tuple[Kind, str]] = [("attack", text) for grid in suite.grids for text in grid.attacks]
-    texts += [("defense", text) for grid in suite.grids for text in grid.defenses]
+    texts += [("defense", text) for grid in (*suite.grids, *suite.utility) for text in grid.defenses]
     with contextlib.suppress(UserError):  # describes every entry in one child; the loop below says where a mistake is
         resolve_all(texts)
-    for index, grid in enumerate(suite.grids):
-        for key, check in checks.items():
+    parts: list[tuple[str, Grid | UtilityGrid, dict[str, Callable[[Any], object]]]] = [
+        *((f"grids[{index}]", grid, checks) for index, grid in enumerate(suite.grids)),
+        *((f"utility[{index}]", trainings, common) for index, trainings in enumerate(suite.utility)),
+    ]
+    for where, part, own in parts:
+        for key, check in own.items():
             try:
-                check(grid)
+                check(part)
             except UserError as error:
-                raise UserError(f"{path}: grids[{index}].{key}: {error}") from None
+                raise UserError(f"{path}: {where}.{key}: {error}") from None
 
 
-def _check_datasets(grid: Grid) -> None:
+def _check_datasets(grid: Grid | UtilityGrid) -> None:
     for name in grid.dataset:
         if not name.endswith(".npz"):
             DATASETS.get(name)
