@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from leakbench.board.columns import ATTACK_KEYS, DEMONSTRATION_DATASETS, Cell
+from leakbench.board.ranks import detectable, differences, rank_intervals, replicates
 from leakbench.board.score import build_cells, group_ids, plain
 from leakbench.board.stats import rank_groups, stratified
 from leakbench.metrics import METRICS, headline
@@ -30,6 +34,9 @@ LANE_COLUMNS = {
     "detected": "mean share of trials in which clients' plain checks would notice what was planted; null: nothing was",
     "inserted": "module that the attack had inserted in front of the net; null: none",
     "rank_group": "1 for the best attack and those that cannot be told from it; null: ran on no task",
+    "rank_low": "lower end of the 95% interval of the rank, with tasks resampled as well as victims",
+    "rank_high": "upper end",
+    "detectable": "difference in edge between two attacks that the table detects on such tasks (80% power, 5% level)",
 }
 """The columns that follow `LANE_KEYS` and the attack's keys."""
 
@@ -48,6 +55,22 @@ _VICTIM = (
 """With the trial, and the number of examples behind the update, what tells victims apart."""
 
 
+@dataclass(frozen=True)
+class LaneTable:
+    """The attacks of one lane and stage.
+
+    Args:
+        lines: One mapping per attack, the best first: `LANE_KEYS`, `ATTACK_KEYS` and `LANE_COLUMNS`.
+        low: (A, A) lower ends of the 95% intervals of the paired differences of edges, line minus column, of the
+            attacks that ran, in the order of ``lines``; victims and tasks are resampled.
+        high: (A, A) upper ends.
+    """
+
+    lines: list[dict[str, Any]]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
 def lanes(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one line per lane, stage and attack.
 
@@ -58,16 +81,25 @@ def lanes(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `LANE_KEYS`, `ATTACK_KEYS` and `LANE_COLUMNS`, the best attack first.
     """
-    rows = rows.dropna(subset=["attack", "lane"])
-    rows = rows[rows["defense"] == "none"]
-    rows = rows.assign(demonstration=rows["dataset"].isin(list(DEMONSTRATION_DATASETS)))
-    lines: list[dict[str, Any]] = []
-    for _, table in rows.groupby(group_ids(rows, LANE_KEYS)):
-        lines += _table(table)
+    return lane_frame(lane_tables(rows))
+
+
+def lane_frame(tables: Sequence[LaneTable]) -> pd.DataFrame:
+    """Return the lines of tables as `lanes` does."""
+    lines = [line for table in tables for line in table.lines]
     return pd.DataFrame(lines, columns=[*LANE_KEYS, *ATTACK_KEYS, *LANE_COLUMNS])
 
 
-def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
+def lane_tables(rows: pd.DataFrame) -> list[LaneTable]:
+    """Return one table per lane and stage; see `lanes`."""
+    rows = rows.dropna(subset=["attack", "lane"])
+    rows = rows[rows["defense"] == "none"]
+    rows = rows.assign(demonstration=rows["dataset"].isin(list(DEMONSTRATION_DATASETS)))
+    tables = [_table(table) for _, table in rows.groupby(group_ids(rows, LANE_KEYS))]
+    return [table for table in tables if table is not None]
+
+
+def _table(rows: pd.DataFrame) -> LaneTable | None:
     keys = {key: rows[key].iloc[0] for key in LANE_KEYS}
     # A task of which nobody could measure anything, for want of data or because guessing is right, tells nothing.
     measured = {
@@ -77,7 +109,7 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
         and not (keys["target"] == "labels" and part[headline("labels").reference].ge(1).any())
     }
     if not measured:
-        return []
+        return None
     rows = rows[rows["task_hash"].isin(measured)]
     victims = _Victims({task: _victims(part) for task, part in rows.groupby("task_hash")})
     by_attack: dict[tuple[Any, ...], list[Cell]] = {}
@@ -87,7 +119,8 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
     built = []
     for _, part in rows.groupby(group_ids(rows, ATTACK_KEYS)):
         cells = by_attack.get(tuple(plain(part[key].iloc[0]) for key in ATTACK_KEYS), [])
-        edges = victims.edges(cells)
+        of_tasks = victims.edges(cells)
+        edges = victims.over_tasks(of_tasks)
         line = keys | {key: part[key].iloc[0] for key in ATTACK_KEYS}
         line |= {
             "attack_label": part["attack_label"].iloc[0],
@@ -106,17 +139,26 @@ def _table(rows: pd.DataFrame) -> list[dict[str, Any]]:
             (edge["tasks"].iloc[0] / len(measured), edge["edge"].to_numpy(float)) for _, edge in edges.groupby("law")
         ]
         interval = stratified(parts, "lane", *(line[key] for key in (*LANE_KEYS, *ATTACK_KEYS)))
-        line |= {"edge": interval.mean, "edge_low": interval.low, "edge_high": interval.high, "rank_group": np.nan}
-        built.append((line, edges["edge"] * edges["tasks"] * (len(edges) / len(measured)) / edges["victims"]))
+        line |= {"edge": interval.mean, "edge_low": interval.low, "edge_high": interval.high}
+        line |= dict.fromkeys(("rank_group", "rank_low", "rank_high", "detectable"), np.nan)
+        weighted = edges["edge"] * edges["tasks"] * (len(edges) / len(measured)) / edges["victims"]
+        built.append((line, weighted, of_tasks))
     built.sort(key=lambda item: (-item[0]["edge"], item[0]["attack_label"]))
-    ran = [(line, series) for line, series in built if line["covered"]]
-    entries = [(repr([line[key] for key in ATTACK_KEYS]), series) for line, series in ran]
-    for (line, _), rank in zip(ran, rank_groups(entries, "lane", *keys.values()), strict=True):
+    ran = [item for item in built if item[0]["covered"]]
+    entries = [(repr([line[key] for key in ATTACK_KEYS]), series) for line, series, _ in ran]
+    for (line, *_), rank in zip(ran, rank_groups(entries, "lane", *keys.values()), strict=True):
         line["rank_group"] = rank
     never = [
-        line | {"edge": np.nan, "edge_low": np.nan, "edge_high": np.nan} for line, _ in built if not line["covered"]
+        line | {"edge": np.nan, "edge_low": np.nan, "edge_high": np.nan} for line, *_ in built if not line["covered"]
     ]
-    return [*(line for line, _ in ran), *never]
+    low = high = np.zeros((0, 0))
+    if ran:
+        means = victims.replicates(np.stack([of_tasks for *_, of_tasks in ran], axis=1), "ranks", *keys.values())
+        low, high = differences(means)
+        ranks = rank_intervals(means)
+        for (line, *_), first, last in zip(ran, ranks["low"], ranks["high"], strict=True):
+            line |= {"rank_low": first, "rank_high": last, "detectable": detectable(means)}
+    return LaneTable([*(line for line, *_ in ran), *never], low, high)
 
 
 def _victims(part: pd.DataFrame) -> pd.DataFrame:
@@ -137,6 +179,7 @@ class _Victims:
     def __init__(self, drawn: dict[Any, pd.DataFrame]) -> None:
         self._index = {task: pd.MultiIndex.from_frame(part[["draw", "trial"]]) for task, part in drawn.items()}
         every = pd.concat([part.assign(task=task) for task, part in drawn.items()])
+        self._tasks, self._laws = every["task"].tolist(), every["law"].tolist()
         self._victim = every.groupby(["law", "trial"]).ngroup().to_numpy()
         lines = every[["law", "trial"]].assign(victim=self._victim).drop_duplicates("victim").sort_values("victim")
         lines.index = pd.Index([f"{law} {trial}" for law, trial in zip(lines["law"], lines["trial"], strict=True)])
@@ -144,14 +187,11 @@ class _Victims:
         lines["victims"] = lines.groupby("law")["trial"].transform("size")
         self._lines = lines
 
-    def edges(self, cells: list[Cell]) -> pd.DataFrame:
-        """Return the mean edge of an attack over tasks, victim by victim.
+    def edges(self, cells: list[Cell]) -> NDArray[np.float64]:
+        """Return the edge of an attack on every task, draw and trial.
 
         Args:
             cells: The attack's; on tasks without one, and on victims that it did not try, its edge is 0.
-
-        Returns:
-            ``edge``, ``law``, ``tasks`` (of that law) and ``victims`` (of that law).
         """
         known = {cell.keys["task_hash"]: cell for cell in cells}
         parts = []
@@ -168,5 +208,17 @@ class _Victims:
                 else:
                     edges.loc[gap.index] = gap
             parts.append(edges.to_numpy())
-        means = pd.Series(np.concatenate(parts)).groupby(self._victim).mean()
+        return np.concatenate(parts)
+
+    def over_tasks(self, edges: NDArray[np.float64]) -> pd.DataFrame:
+        """Return the mean over tasks of what `edges` gives, victim by victim.
+
+        Returns:
+            ``edge``, ``law``, ``tasks`` (of that law) and ``victims`` (of that law).
+        """
+        means = pd.Series(edges).groupby(self._victim).mean()
         return self._lines.assign(edge=means.to_numpy())
+
+    def replicates(self, edges: NDArray[np.float64], *names: object) -> NDArray[np.float64]:
+        """Return the means of attacks (N, A), as `edges` gives each, in resamples of victims and tasks (R, A)."""
+        return replicates(edges, self._tasks, self._victim.tolist(), self._laws, *names)

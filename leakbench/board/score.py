@@ -10,15 +10,18 @@ import pandas as pd
 
 from leakbench.board.arrays import Rows
 from leakbench.board.columns import ATTACK_KEYS, CELL_KEYS, COLUMNS, DEFENSE_KEYS, TASK_KEYS, Cell
+from leakbench.board.ranks import common, rank_intervals
 from leakbench.board.stats import detectable_difference, rank_groups
 from leakbench.schema import DEFENDED
 
 TABLE_COLUMNS = {
     "rank_group": "1 for the best attack on this task and defense and those that cannot be told from it, and so on",
+    "rank_low": "lower end of the 95% interval of the rank, on the trials that all attacks of the table have",
+    "rank_high": "upper end",
     "detectable": "difference between two attacks of the table that its trials detect (80% power, 5% level)",
     "empty": "inputs: mean of the same attack on an update that carries nothing (defense null_update)",
 }
-"""Columns that depend on other cells of the task: the first two on those of the same defense."""
+"""Columns that depend on other cells of the task: all but the last on those of the same defense."""
 
 _NOTHING = "null_update"
 
@@ -50,6 +53,9 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
         names = [members[0].keys[k] for k in (*TASK_KEYS, *DEFENSE_KEYS)]
         frame.loc[table.index, "rank_group"] = rank_groups(entries, *names)
         frame.loc[table.index, "detectable"] = detectable_difference(entries)
+        means = common([values for _, values in entries], "ranks", *names)
+        if means is not None:
+            frame.loc[table.index, ["rank_low", "rank_high"]] = rank_intervals(means)[["low", "high"]].to_numpy()
     carries_nothing = (frame["defense"] == _NOTHING) & (frame["target"] == "inputs")
     same_attack = group_ids(frame, (*TASK_KEYS, *ATTACK_KEYS))
     frame["empty"] = frame["mean"].where(carries_nothing).groupby(same_attack).transform("max")

@@ -22,7 +22,8 @@ MIN_PAIRS = 6
 
 _CHUNK = 4_000_000  # resampled indices held at a time, 32 MB
 
-_Z_SUM = 1.959964 + 0.841621  # normal quantiles of a two-sided 5% test with 80% power
+Z_SUM = 1.959964 + 0.841621
+"""Normal quantiles of a two-sided 5% test with 80% power."""
 
 
 class Interval(NamedTuple):
@@ -142,5 +143,5 @@ def rank_groups(entries: Sequence[tuple[str, pd.Series[float]]], *names: object)
 def detectable_difference(entries: Sequence[tuple[str, pd.Series[float]]]) -> float:
     """Return the difference to the first entry that these trials detect with 80% power at 5%: a median over entries."""
     differences = [paired(entries[0][1], values) for _, values in entries[1:]]
-    detectable = [_Z_SUM * float(d.std(ddof=1)) / np.sqrt(len(d)) for d in differences if len(d) > 1]
+    detectable = [Z_SUM * float(d.std(ddof=1)) / np.sqrt(len(d)) for d in differences if len(d) > 1]
     return float(np.median(detectable)) if detectable else np.nan
