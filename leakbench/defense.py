@@ -18,6 +18,11 @@ from leakbench.randomness import TrialRandom
 from leakbench.tasks import Protocol
 
 
+def unit_bounds() -> tuple[Tensor, Tensor]:
+    """Return the bounds of inputs that are not normalised."""
+    return torch.tensor(0.0), torch.tensor(1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DefenseContext:
     """What a hook sees of the moment it is called in. Frozen; fields may be added.
@@ -40,6 +45,7 @@ class DefenseContext:
         previous: The model that the client got before this round's, M = 1 or T; the honest global model in the first.
         digests: What clients may compare: a hash of the parameters that each of the K clients got this round. Empty
             where a client is simulated on its own.
+        bounds: Least and greatest valid input, each broadcastable to (..., *input_shape): black and white of images.
     """
 
     model: Model
@@ -58,6 +64,7 @@ class DefenseContext:
     sends: Literal["gradient", "delta", "weights"] = "gradient"
     previous: Model | None = None
     digests: tuple[str, ...] = ()
+    bounds: tuple[Tensor, Tensor] = field(default_factory=unit_bounds)
 
 
 class Defense(Entry):

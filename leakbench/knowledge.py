@@ -15,6 +15,7 @@ from leakbench.errors import NotGranted
 from leakbench.facts import Facts
 from leakbench.federation.client import Client
 from leakbench.federation.gradients import per_trial_gradients
+from leakbench.federation.inputs import input_bounds
 from leakbench.federation.products import per_trial_products
 from leakbench.federation.statistics import is_running_statistic
 from leakbench.models.functional import Model
@@ -84,12 +85,7 @@ class Knowledge:
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Least and greatest valid input, each broadcastable to (..., *input_shape)."""
-        spec = self._facts.input_spec
-        ones = (1,) * (len(spec.shape) - 1)
-        if not self._facts.normalised:
-            return torch.zeros(1, *ones, device=self._random.device), torch.ones(1, *ones, device=self._random.device)
-        mean, std = (torch.tensor(v, device=self._random.device).view(-1, *ones) for v in (spec.mean, spec.std))
-        return -mean / std, (1 - mean) / std
+        return input_bounds(self._facts.input_spec, self._facts.normalised, self._random.device)
 
     @property
     def sends(self) -> str:
@@ -322,7 +318,7 @@ class Knowledge:
         protocol = self._facts.protocol.model_copy(update={k: v for k, v in guessed.items() if v is not None})
         self._count[0] += protocol.local_steps
         chain = (self._defense if defended else None) or DefenseChain()
-        client = Client(protocol, self.batch_size, chain.inside if inside else chain)
+        client = Client(protocol, self.batch_size, chain.inside if inside else chain, self.bounds)
         random = self._random.at("simulate", self.evaluations)
         if len(labels) != self.trials:  # more rows than trials: each has noise of its own
             random = random.rows(-(-len(labels) // self.trials)).part(0, len(labels))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from leakbench.defense import DefenseChain, DefenseContext
+from leakbench.defense import DefenseChain, DefenseContext, unit_bounds
 from leakbench.federation.gradients import per_example_gradients, per_trial_gradients
 from leakbench.models.functional import Model
 from leakbench.randomness import TrialRandom
@@ -59,11 +59,13 @@ class Client:
         protocol: What it does and sends.
         batch_size: B, examples of one local batch.
         defense: Hooks around its work.
+        bounds: Least and greatest valid input, each broadcastable to (..., *input_shape).
     """
 
     protocol: Protocol
     batch_size: int
     defense: DefenseChain = field(default_factory=DefenseChain)
+    bounds: tuple[Tensor, Tensor] = field(default_factory=unit_bounds)
 
     def update(
         self,
@@ -186,6 +188,7 @@ class Client:
             batch_norm=protocol.batch_norm,
             reduction=protocol.reduction,
             sends=protocol.sends,
+            bounds=self.bounds,
         )
 
     def _gradient(

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from leakbench.tasks import InputSpec
 
 
+def input_bounds(spec: InputSpec, normalise: bool, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest valid input, each broadcastable to (..., *spec.shape); see `to_inputs`."""
+    trailing = (1,) * (len(spec.shape) - 1)
+    if not normalise:
+        return torch.zeros(1, *trailing, device=device), torch.ones(1, *trailing, device=device)
+    mean, std = (torch.tensor(v, device=device).view(-1, *trailing) for v in (spec.mean, spec.std))
+    return -mean / std, (1 - mean) / std
+
+
 def to_inputs(images: NDArray[np.uint8], spec: InputSpec, normalise: bool) -> Tensor:
     """Return float32 inputs (..., *spec.shape): values / 255, minus mean, over std when ``normalise``.
 

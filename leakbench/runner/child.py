@@ -22,7 +22,7 @@ from leakbench.errors import InvalidOutput, NotApplicable, NotGranted
 from leakbench.facts import Facts
 from leakbench.federation.aggregation import StreamedSum, aggregation_weights
 from leakbench.federation.client import Client, ClientState, Received
-from leakbench.federation.inputs import to_inputs
+from leakbench.federation.inputs import input_bounds, to_inputs
 from leakbench.federation.planting import Planted
 from leakbench.federation.statistics import batch_statistics, is_running_statistic
 from leakbench.knowledge import Knowledge
@@ -127,7 +127,8 @@ class ClientRole:
         self.shows: bool = body["shows"]
         self.names = None if body["names"] is None else frozenset(body["names"])
         self.states = [ClientState() for _ in range(self.protocol.clients)]
-        self.clients = [Client(self.protocol, size, chain) for size in body["batch_sizes"]]
+        bounds = input_bounds(self.spec, self.normalise, self.device)
+        self.clients = [Client(self.protocol, size, chain, bounds) for size in body["batch_sizes"]]
         sizes = [size * self.protocol.local_batches for size in body["batch_sizes"]]
         self.sizes, self.weights = sizes, aggregation_weights(self.protocol, sizes)
         self.previous: Planted | None = None

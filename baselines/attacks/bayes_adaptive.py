@@ -1,0 +1,91 @@
+"""The Bayesian attack that adapts itself to a defense by what the defense declares."""
+
+from __future__ import annotations
+
+from leakbench import Knowledge, NotGranted, UserError, register
+from leakbench.inversion import (
+    Adam,
+    Cosine,
+    Defended,
+    Inversion,
+    InversionAttack,
+    Likelihood,
+    OneStep,
+    TotalVariation,
+)
+
+
+@register("bayes_adaptive", version=1)
+class BayesAdaptive(InversionAttack):
+    """Bayes adaptive: searches the images that are most probable given what the defense made of their update.
+
+    A defense is a conditional distribution of what is sent given the clean update. Its logarithm, which every defense
+    here declares (squared distance under Gaussian noise, absolute under Laplace noise, agreement of signs, distance
+    from intervals of quantisation, ...), plus a total variation prior is maximised as in Inverting Gradients. What the
+    defense does before there is a gradient (to the batch, the labels or each example's gradient) is done by the
+    simulated client too, with fresh draws in every step, so that of mixed inputs all constituents are recovered at
+    once. Of several restarts the most probable one is claimed.
+
+    Sees: gradients of all layers, weights, number of inputs, the defense; labels where granted. Where the defense is
+    withheld or changes no update, on an aggregate, and where local steps cannot be simulated, it is Inverting Gradients
+    with its restarts: the cosine of the gradient of all inputs at the weights sent out.
+
+    A re-implementation: the paper tunes steps, learning rate and weights of its priors for every defense, where one set
+    serves all here. Likelihoods count per entry of the update, so that the prior's weight means the same on all nets.
+    Step size and schedule are those of Inverting Gradients.
+
+    Args:
+        steps: Iterations; fewer where the suite's budget of gradient evaluations ends earlier.
+        tv: Weight of the total variation.
+        lr: Learning rate of Adam.
+        restarts: Random initialisations.
+        samples: Draws of a random defense that a step averages.
+        labels: Label attack that runs first where labels are not granted.
+
+    Reference: Balunović, Dimitrov, Staab, Vechev, "Bayesian Framework for Gradient Leakage", ICLR 2022,
+    arXiv 2111.04706
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int = 4800,
+        tv: float = 1e-4,
+        lr: float = 0.1,
+        restarts: int = 1,
+        samples: int = 1,
+        labels: str = "llg",
+    ) -> None:
+        if samples < 1:
+            raise UserError(f"bayes_adaptive: samples: expected at least 1, got {samples}; write samples=1")
+        self.steps = steps
+        self.tv = tv
+        self.lr = lr
+        self.restarts = restarts
+        self.samples = samples
+        self.labels = labels
+        self.inversion = self._with(OneStep(), Cosine())
+
+    def fitted(self, knowledge: Knowledge) -> Inversion:
+        """Return the inversion that knows the defense, or the plain one where there is none to know."""
+        try:
+            known = [part for part in knowledge.defense.parts if part.likelihood is not None]
+            if knowledge.sends != "gradient":
+                _ = knowledge.lr, knowledge.local_steps
+        except NotGranted:
+            return self.inversion
+        if not known or knowledge.clients > 1:
+            return self.inversion
+        draws = any(part.draws for part in knowledge.defense.inside.parts)
+        return self._with(Defended(samples=self.samples if draws else 1), Likelihood())
+
+    def _with(self, source: OneStep | Defended, objective: Cosine | Likelihood) -> Inversion:
+        return Inversion(
+            objective=objective,
+            priors=(TotalVariation(weight=self.tv),),
+            optimiser=Adam(lr=self.lr, sign="hard", schedule="steps"),
+            steps=self.steps,
+            restarts=self.restarts,
+            labels=self.labels,
+            source=source,
+        )
