@@ -119,7 +119,7 @@ class Exchange:
         with blaming("client"):
             if any(name not in update or update[name].shape != state[name].shape for name in self.names):
                 raise InvalidOutput("the kept update is not of its model's tensors")
-            _check_finite({name: update[name] for name in self.names})
+            _check_finite({name: update[name] for name in self.names}, self.weights.buffers)
         return Blob.pack({name: update[name] for name in self.names})
 
     def _client_child(self) -> Child:
@@ -176,7 +176,7 @@ class Exchange:
                 raise InvalidOutput(f"sent tensors {_brief(got)}, expected {_brief(expected)}")
         # A client can do nothing about a model that overflows: whoever planted it is to blame.
         with blaming("attack.plant" if self.outcome.planted and self.outcome.planted[-1] else "client"):
-            _check_finite(tensors)
+            _check_finite(tensors, self.weights.buffers)
             self.outcome.refused = _shares(message.body.get("refused"), trials)
         return message.blobs["update"]
 
@@ -374,9 +374,11 @@ def client_request(
     return body, blobs
 
 
-def _check_finite(update: Mapping[str, Tensor]) -> None:
+def _check_finite(update: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Refuse what is no number; only a buffer that counts may be of whole ones."""
+    counts = {name for name, value in buffers.items() if not value.is_floating_point()}
     for name, tensor in update.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if not (tensor.is_floating_point() or name in counts) or not bool(torch.isfinite(tensor).all()):
             raise InvalidOutput(f"the update's {name!r} is not finite")
 
 
