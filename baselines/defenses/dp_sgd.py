@@ -21,7 +21,8 @@ class DPSGD(Defense):
     stream of its own and has the same direction at every strength. Needs a net without batch statistics.
 
     A re-implementation. The paper samples every batch at random and divides by its expected size; a client here trains
-    on the batch it has, so no amplification by sampling follows. There is no accountant.
+    on the batch it has, so no amplification by sampling follows: where an example is replaced, n noisy steps on it are
+    mu-GDP with mu = 2 sqrt(n) / z. ``leakbench epsilon`` gives epsilon, also of the paper's sampling.
 
     Acts on: the gradient of every example, and of each local step.
 

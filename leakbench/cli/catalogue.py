@@ -1,4 +1,4 @@
-"""Commands that show what there is: list, show, schema, lock."""
+"""Commands that show what there is: list, show, schema, lock, epsilon."""
 
 from __future__ import annotations
 
@@ -96,3 +96,20 @@ def lock(suite: str, definition_only: bool) -> None:
 
     for path in lock_suite(load_suite(suite), tasks_folder(), checkpoints=not definition_only):
         click.echo(path)
+
+
+@cli.command()
+@click.option("--noise-multiplier", type=float, required=True, help="Noise on the sum, in units of the clip.")
+@click.option("--sample-rate", type=float, default=1.0, show_default=True, help="Share of the examples in a step.")
+@click.option("--steps", type=int, default=1, show_default=True, help="Noisy steps, of all rounds.")
+@click.option("--delta", type=float, default=1e-5, show_default=True)
+@click.option("--accountant", default="prv", show_default=True, help="Of Opacus: prv, rdp or gdp.")
+def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: Any) -> None:
+    """Print the epsilon of DP-SGD: as usually told, and of an example that is in every step's batch."""
+    from leakbench.accounting import epsilon as sampled
+    from leakbench.accounting import gaussian_epsilon
+
+    usual = sampled(noise_multiplier, sample_rate, steps, delta, accountant)
+    mu = 2 * steps**0.5 / noise_multiplier if noise_multiplier else float("inf")
+    click.echo(f"{usual:.4g}  one example added or removed, Poisson sampling, {accountant} accountant")
+    click.echo(f"{gaussian_epsilon(mu, delta):.4g}  one example replaced, in every step's batch: dp_sgd's clients here")

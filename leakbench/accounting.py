@@ -1,0 +1,152 @@
+"""Differential privacy of what clients send: epsilon from a noise multiplier, and from a chain of defenses.
+
+Two questions that must not be mixed up:
+
+- `epsilon` is that of DP-SGD as the literature runs it: in every step each example takes part with probability
+  ``sample_rate`` on its own (Poisson sampling), and neighbours differ by one example that is added or removed, which
+  moves the sum of clipped gradients by up to C.
+- `chain_epsilon` is that of the client whose update leakbench attacks. Its batches are fixed, nothing is sampled, and
+  neighbours differ by one example that is replaced, which moves the sum by up to 2 C. So the same noise promises less.
+
+Nothing here imports torch until Opacus is asked.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from leakbench.errors import UserError
+
+if TYPE_CHECKING:
+    from leakbench.defense import DefenseChain
+    from leakbench.tasks import Protocol
+
+Accountant = Literal["prv", "rdp", "gdp"]
+ACCOUNTANTS = ("prv", "rdp", "gdp")
+
+
+def epsilon(
+    noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: Accountant = "prv"
+) -> float:
+    """Return epsilon of DP-SGD by Opacus' accountant: Poisson sampling, one example added or removed.
+
+    Args:
+        noise_multiplier: Standard deviation of the noise on the sum of clipped gradients, in units of the clip.
+        sample_rate: Probability that an example takes part in a step; 1 is every example in every step.
+        steps: Noisy steps, of all rounds.
+        delta: Probability that the promise fails.
+        accountant: ``prv``: numerical composition, an upper bound within .01 (Gopi, Lee, Wutschitz 2021, arXiv
+            2106.02848); ``rdp``: Renyi, looser (Mironov 2017, arXiv 1702.07476); ``gdp``: a central limit that may
+            be too small (Bu, Dong, Long, Su 2019, arXiv 1911.11607).
+
+    Returns:
+        Epsilon; inf without noise.
+
+    Raises:
+        UserError: A number is out of its range, or the accountant is unknown.
+    """
+    if not noise_multiplier >= 0:
+        raise UserError(f"noise_multiplier: expected at least 0, got {noise_multiplier}; write 1.0")
+    if not 0 < sample_rate <= 1:
+        raise UserError(f"sample_rate: expected more than 0 and at most 1, got {sample_rate}; write 0.01")
+    if steps < 0:
+        raise UserError(f"steps: expected at least 0, got {steps}; write 1000")
+    _check_delta(delta)
+    if accountant not in ACCOUNTANTS:
+        raise UserError(f"accountant: expected one of {', '.join(ACCOUNTANTS)}, got {accountant!r}; write prv")
+    if steps == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    with warnings.catch_warnings():  # of logarithms of 0 at the rim of a grid, of orders, of an approximation
+        warnings.simplefilter("ignore")
+        from opacus.accountants import GaussianAccountant, PRVAccountant, RDPAccountant
+
+        kinds = {"prv": PRVAccountant, "rdp": RDPAccountant, "gdp": GaussianAccountant}
+        counted = kinds[accountant]()
+        counted.history = [(noise_multiplier, sample_rate, steps)]
+        return float(counted.get_epsilon(delta))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return the least epsilon of a mu-GDP mechanism at ``delta``, exactly (Balle, Wang 2018; Dong, Roth, Su 2019).
+
+    Solves delta = Phi(-epsilon / mu + mu / 2) - exp(epsilon) Phi(-epsilon / mu - mu / 2); arXiv 1805.06530, 1905.02383.
+
+    Args:
+        mu: Sensitivity over standard deviation, at least 0; inf without noise.
+        delta: Probability that the promise fails.
+
+    Raises:
+        UserError: A number is out of its range.
+    """
+    if not mu >= 0:
+        raise UserError(f"mu: expected at least 0, got {mu}; write 1.0")
+    _check_delta(delta)
+    if mu == math.inf:
+        return math.inf
+
+    def excess(eps: float) -> float:
+        # exp(eps) Phi(-x) as one exponential: the factors overflow and vanish.
+        return float(norm.cdf(-eps / mu + mu / 2) - math.exp(eps + norm.logcdf(-eps / mu - mu / 2)) - delta)
+
+    if mu == 0 or excess(0.0) <= 0:
+        return 0.0
+    most = 1.0
+    while excess(most) > 0:
+        most *= 2
+    return float(brentq(excess, 0.0, most, xtol=1e-12, rtol=1e-12))
+
+
+def chain_mu(chain: DefenseChain, protocol: Protocol, batch_size: int, *, layers: int | None = None) -> float | None:
+    """Return mu of one example of a client, over all rounds: what it sends is mu-GDP where that example is replaced.
+
+    What a chain declares holds for one update; mu grows with the root of how often an example takes part. Where noise
+    is added in each of several local steps, what is sent is computed from noisy gradients alone, and each step that
+    has the example in its batch counts: all with ``batches: same``, one with ``fresh``. An example is taken to be in
+    the batch of every round, and a batch to be fixed, so that nothing is gained by sampling.
+
+    Args:
+        chain: The client's defenses.
+        protocol: What it does and sends.
+        batch_size: B of the client.
+        layers: How many layers the model has, where known; ``fed_cdp`` promises nothing without.
+
+    Returns:
+        Mu; None where nothing is declared, or sensitivity is unbounded, or there is no noise.
+    """
+    times = protocol.rounds
+    mechanism = chain.mechanism(protocol, batch_size, layers=layers)
+    if mechanism is None and protocol.local_steps > 1 and not protocol.send_buffers:
+        # What acts on the update afterwards must be known to look at it alone, as what declares a mechanism does.
+        after = [part for part in chain.parts if part.overrides("update")]
+        single = protocol.model_copy(update={"sends": "gradient", "local_steps": 1})
+        if all(type(chain)([part]).mechanism(single, batch_size, layers=layers) for part in after):
+            before = type(chain)([part for part in chain.parts if part not in after])
+            mechanism = before.mechanism(single, batch_size, layers=layers)
+            times *= -(-protocol.local_steps // protocol.local_batches)
+    if mechanism is None or mechanism.std == 0 or math.isinf(mechanism.example):
+        return None
+    return mechanism.mu_example * math.sqrt(times)
+
+
+def chain_epsilon(
+    chain: DefenseChain, protocol: Protocol, batch_size: int, delta: float, *, layers: int | None = None
+) -> float | None:
+    """Return epsilon of one replaced example of a client, over all its rounds; None where nothing is promised.
+
+    See `chain_mu`.
+    """
+    mu = chain_mu(chain, protocol, batch_size, layers=layers)
+    _check_delta(delta)
+    return None if mu is None else gaussian_epsilon(mu, delta)
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise UserError(f"delta: expected more than 0 and less than 1, got {delta}; write 1e-5")
