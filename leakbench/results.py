@@ -7,6 +7,7 @@ The columns are documented in `leakbench.schema`, whose names are importable fro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -130,7 +131,8 @@ def write_job(
         "leakbench.statuses": json.dumps(statuses or Counter(row["status"] for row in rows)),
     }
     try:
-        table = pa.Table.from_pylist(list(rows), schema=arrow_schema(fields).with_metadata(summary))
+        table = pa.Table.from_pylist(list(rows), schema=arrow_schema(fields))
+        table = table.replace_schema_metadata(summary | {ROWS_SHA256: rows_sha256(table)})
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"row does not fit the schema: {error}") from None
     path = job_path(out, job_id, season)
@@ -139,6 +141,16 @@ def write_job(
     except OSError as error:
         raise UserError(f"--out {out}: cannot write {path.name} ({error.strerror}); use another --out") from None
     return path
+
+
+ROWS_SHA256 = "leakbench.rows_sha256"
+"""Key in a file's footer of `rows_sha256`, by which `leakbench verify` notices a changed number."""
+
+
+def rows_sha256(table: pa.Table) -> str:
+    """Return the sha256 (hex) over the columns and values of a table, however it is stored."""
+    text = json.dumps(table.to_pydict(), default=str, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

@@ -246,7 +246,7 @@ ROW_FIELDS: tuple[Field, ...] = (
 )
 """Every column of a result row, in order."""
 
-_THREAT_COLUMNS = {
+THREAT_COLUMNS = {
     "adversary": "adversary",
     "bn_statistics": "bn_statistics",
     "auxiliary": "auxiliary_examples",
@@ -254,6 +254,7 @@ _THREAT_COLUMNS = {
     "per_client": "may_differ_per_client",
     "change_architecture": "may_change_architecture",
 }
+"""Columns of a threat model whose names are not its fields' led by ``knows_``."""
 
 
 def arrow_schema(fields: Sequence[Field] = ROW_FIELDS) -> pa.Schema:
@@ -278,7 +279,7 @@ def blank_row(fields: Sequence[Field] = ROW_FIELDS) -> dict[str, Any]:
 
 def task_columns(task: Task) -> dict[str, Any]:
     """Return the columns that the task alone decides."""
-    threat = {_THREAT_COLUMNS.get(k, f"knows_{k}"): v for k, v in task.threat_model.content().items()}
+    threat = {THREAT_COLUMNS.get(k, f"knows_{k}"): v for k, v in task.threat_model.content().items()}
     return {
         "lane": task.lane,
         "task": task.id,
