@@ -46,6 +46,8 @@ class DefenseContext:
         digests: What clients may compare: a hash of the parameters that each of the K clients got this round. Empty
             where a client is simulated on its own.
         bounds: Least and greatest valid input, each broadcastable to (..., *input_shape): black and white of images.
+        received: The model that the client got in this round, M = 1 or T, in `Defense.log_likelihood`, where ``model``
+            is what became of it.
     """
 
     model: Model
@@ -65,6 +67,7 @@ class DefenseContext:
     previous: Model | None = None
     digests: tuple[str, ...] = ()
     bounds: tuple[Tensor, Tensor] = field(default_factory=unit_bounds)
+    received: Model | None = None
 
 
 class Defense(Entry):
@@ -80,7 +83,7 @@ class Defense(Entry):
     merges: ClassVar[int] = 1
     """How many private examples of a batch go into one that the client trains on."""
     neutral: ClassVar[Mapping[str, object] | None] = None
-    """Parameters with which it changes nothing: strength zero; None where there are none."""
+    """Parameters with which it changes nothing, whatever the others are: strength zero; None where there are none."""
     draws: ClassVar[str] = ""
     """What it draws at random; empty for a deterministic defense."""
     likelihood: ClassVar[Literal["density", "surrogate", "simulated"] | None] = None
@@ -207,12 +210,18 @@ class DefenseChain:
     @property
     def inside(self) -> DefenseChain:
         """What an adversary runs in a simulated client; `log_likelihood` accounts for the rest."""
-        return DefenseChain([kept for part in self.parts if (kept := part.inside()) is not None])
+        return DefenseChain([kept for part in self.parts if not _idle(part) and (kept := part.inside()) is not None])
 
     @property
     def has_likelihood(self) -> bool:
-        """Whether some part declares a density or a surrogate."""
-        return any(part.likelihood in ("density", "surrogate") for part in self.parts)
+        """Whether some part that changes something declares a density or a surrogate."""
+        return bool(self._scoring)
+
+    @property
+    def _scoring(self) -> list[int]:
+        """Places of the parts that declare a likelihood; strength zero, which has no density, is left out."""
+        scored = ("density", "surrogate")
+        return [i for i, part in enumerate(self.parts) if part.likelihood in scored and not _idle(part)]
 
     def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
         """Return the log-density or surrogate (T,) of the sent update, differentiable in the clean one.
@@ -228,7 +237,7 @@ class DefenseChain:
         Raises:
             NotImplementedError: No part declares one.
         """
-        scoring = [i for i, part in enumerate(self.parts) if part.likelihood in ("density", "surrogate")]
+        scoring = self._scoring
         if not scoring:
             raise NotImplementedError("no part of the chain declares a likelihood")
         for index in scoring[:-1]:
@@ -361,10 +370,19 @@ class DefenseChain:
         return replace(ctx, random=ctx.random.at("defense", *key, hook), state=ctx.states.setdefault(key, {}))
 
 
+def _idle(part: Defense) -> bool:
+    """Whether its parameters are those with which it changes nothing."""
+    return part.neutral is not None and dict(part.neutral).items() <= part.params().items()
+
+
 def _straight_through(clean: Tensor, mapped: Tensor) -> Tensor:
-    """Return ``mapped``, with the derivative of the identity where it has none."""
-    if mapped.requires_grad or not clean.requires_grad:
+    """Return ``mapped``, with the derivative of the identity where it has none or is constant everywhere (a sign)."""
+    if not clean.requires_grad:
         return mapped
+    if mapped.requires_grad:
+        (slope,) = torch.autograd.grad(mapped.sum(), clean, retain_graph=True, allow_unused=True)
+        if slope is not None and bool(slope.any()):
+            return mapped
     return clean + (mapped - clean).detach()
 
 

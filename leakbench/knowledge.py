@@ -59,6 +59,7 @@ class Knowledge:
         self._defense = defense
         self._report = report
         self._count = [0]  # shared with copies and blocks
+        self._begun = 0  # where the count stood when a block was cut
 
     @property
     def evaluations(self) -> int:
@@ -310,6 +311,14 @@ class Knowledge:
         Raises:
             NotGranted: The model, the batch size, or what is not guessed is withheld.
         """
+        chain = (self._defense if defended else None) or DefenseChain()
+        client, random = self._simulated(chain.inside if inside else chain, len(labels), lr, local_steps)
+        return client.update(model or self.model, inputs, labels, random=random, order=order, create_graph=create_graph)
+
+    def _simulated(
+        self, chain: DefenseChain, rows: int, lr: float | None = None, local_steps: int | None = None
+    ) -> tuple[Client, TrialRandom]:
+        """Return the task's own client with a defense, and fresh streams for so many rows; count its evaluations."""
         if self.sends != "gradient":
             for name, guess in (("lr", lr), ("local_steps", local_steps)):
                 if guess is None:
@@ -317,12 +326,10 @@ class Knowledge:
         guessed = {"lr": lr, "local_steps": local_steps}
         protocol = self._facts.protocol.model_copy(update={k: v for k, v in guessed.items() if v is not None})
         self._count[0] += protocol.local_steps
-        chain = (self._defense if defended else None) or DefenseChain()
-        client = Client(protocol, self.batch_size, chain.inside if inside else chain, self.bounds)
-        random = self._random.at("simulate", self.evaluations)
-        if len(labels) != self.trials:  # more rows than trials: each has noise of its own
-            random = random.rows(-(-len(labels) // self.trials)).part(0, len(labels))
-        return client.update(model or self.model, inputs, labels, random=random, order=order, create_graph=create_graph)
+        random = self._random.at("simulate", self.evaluations - self._begun)
+        if rows != self.trials:  # more rows than trials: each has noise of its own
+            random = random.rows(-(-rows // self.trials)).part(0, rows)
+        return Client(protocol, self.batch_size, chain, self.bounds), random
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal draws (T, *shape), slice t from trial t's own stream."""

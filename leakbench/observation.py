@@ -90,7 +90,7 @@ class Observation(Knowledge):
             defense=self._defense,
             report=self._report,
         )
-        part_of._count = self._count
+        part_of._count, part_of._begun = self._count, self.evaluations
         return part_of
 
     def with_prepared(self, prepared: Mapping[str, Tensor]) -> Observation:
@@ -227,6 +227,34 @@ class Observation(Knowledge):
         if model is None and self.sends == "weights" and planted:
             model = planted[round_index].mean(self.client_weights)
         return super().difference(update, model=model)
+
+    def log_likelihood(
+        self,
+        sent: Mapping[str, Tensor],
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        order: Tensor | None = None,
+        model: Model | None = None,
+    ) -> Tensor:
+        """Return how well an update fits (T, N, ...) candidate examples by what the defense declares, (T,).
+
+        One draw of an expectation over the defense's randomness; differentiable in inputs and labels.
+
+        Args:
+            sent: (T, *shape) by parameter name, in the units of what is sent.
+            inputs: (T, N, *input_shape), T being any multiple of the trials.
+            labels: (T, N), or soft (T, N, C).
+            order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
+            model: Where the local steps start, M = 1 or T; the model that the clients received where None.
+
+        Raises:
+            NotGranted: The defense, the model, the batch size, or of several local steps their number or learning rate
+                is withheld.
+            NotImplementedError: No part of the defense declares a likelihood.
+        """
+        client, random = self._simulated(self.defense, len(labels))
+        return client.log_likelihood(sent, model or self.model, inputs, labels, random=random, order=order)
 
     @property
     def gradient(self) -> dict[str, Tensor]:

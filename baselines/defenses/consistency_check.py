@@ -24,6 +24,7 @@ class ConsistencyCheck(Defense):
     """
 
     acts_on = frozenset({"accept"})
+    adaptive = ("robbing_the_fed", "fishing", "learned_labels")
 
     def accept(self, ctx: DefenseContext) -> Tensor:
         """Refuse where hashes differ."""

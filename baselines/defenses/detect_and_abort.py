@@ -39,6 +39,7 @@ class DetectAndAbort(Defense):
     """
 
     acts_on = frozenset({"accept"})
+    adaptive = ("robbing_the_fed", "curious_abandon_honesty", "learned_labels")
 
     def __init__(
         self,

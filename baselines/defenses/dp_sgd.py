@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
+from leakbench_baselines.defenses.clip_l2 import nearness
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, Mechanism, UserError, register
@@ -36,6 +38,10 @@ class DPSGD(Defense):
 
     acts_on = frozenset({"per_example", "step"})
     strength = ("noise_multiplier", "higher")
+    neutral = MappingProxyType({"clip": 1e30, "noise_multiplier": 0.0})
+    draws = "noise on the sum of the clipped gradients"
+    likelihood = "density"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, clip: float = 1.0, noise_multiplier: float = 1.0) -> None:
         if clip <= 0:
@@ -79,19 +85,20 @@ class DPSGD(Defense):
     def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
         """Return the log-density (T,) of ``sent`` given ``clean``, the update of clipped gradients without noise.
 
-        Over the tensors of ``sent``, after one local step.
-
-        Raises:
-            UserError: There is no noise, or several local steps, whose noise has no closed form together.
+        Over the tensors of ``sent``. Of several local steps the noises are added up as if none moved the steps after
+        it. Without noise it is a surrogate, `nearness`.
         """
-        if self.noise_multiplier == 0 or ctx.local_step > 0:
-            raise UserError(
-                "dp_sgd: only one local step with noise has a likelihood; write local_steps: 1 and "
-                "dp_sgd(noise_multiplier=1.0)"
-            )
-        std = self._std(ctx.inputs.shape[1], ctx.reduction) * (1 if ctx.sends == "gradient" else ctx.lr)
+        if self.noise_multiplier == 0:
+            score: Tensor = nearness(sent, {name: clean[name] - value for name, value in sent.items()})
+            return score
+        unit = 1 if ctx.sends == "gradient" else ctx.lr * math.sqrt(ctx.local_step + 1)
+        std = self._std(ctx.inputs.shape[1], ctx.reduction) * unit
         z = torch.cat([(value - clean[name]).flatten(1) for name, value in sent.items()], 1) / std
         return -z.square().sum(1) / 2 - z.shape[1] * (math.log(std) + math.log(2 * math.pi) / 2)
+
+    def inside(self) -> Defense:
+        """Return the clipping without the noise, which a simulated client does too."""
+        return type(self)(clip=self.clip, noise_multiplier=0.0)
 
     def _std(self, batch: int, reduction: Literal["mean", "sum"]) -> float:
         """Return the standard deviation of the noise on a step's gradient."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -31,6 +33,10 @@ class Dropout(Defense):
 
     acts_on = frozenset({"step"})
     strength = ("p", "higher")
+    neutral = MappingProxyType({"p": 0.0})
+    draws = "which of the last layer's inputs are dropped"
+    likelihood = "simulated"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, p: float = 0.5) -> None:
         if not 0 <= p < 1:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from leakbench_baselines.defenses.clip_l2 import nearness
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, UserError, register
@@ -26,6 +29,8 @@ class FP16(Defense):
     """
 
     acts_on = frozenset({"update"})
+    likelihood = "surrogate"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, form: str = "float16") -> None:
         if form not in FORMATS:
@@ -42,3 +47,13 @@ class FP16(Defense):
         form = FORMATS[self.form]
         most = torch.finfo(form).max
         return {name: value.clamp(-most, most).to(form).to(value.dtype) for name, value in update.items()}
+
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:  # noqa: ARG002
+        """Return a surrogate (T,): `nearness` of ``clean`` to the values that are rounded to what was sent."""
+        form = torch.finfo(FORMATS[self.form])
+        excess = {}
+        for name, value in sent.items():
+            half = (value.abs() * form.eps).clamp(min=form.smallest_normal * form.eps) / 2
+            excess[name] = ((clean[name].clamp(form.min, form.max) - value).abs() - half).clamp(min=0)
+        score: Tensor = nearness(sent, excess)
+        return score

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -31,6 +32,10 @@ class GaussianNoise(Defense):
 
     acts_on = frozenset({"update"})
     strength = ("std", "higher")
+    neutral = MappingProxyType({"std": 0.0})
+    draws = "noise on every coordinate"
+    likelihood = "density"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, std: float = 0.01, relative: bool = False) -> None:
         if std < 0:

@@ -27,6 +27,7 @@ class GroupNorm(Defense):
     """
 
     acts_on = frozenset({"model"})
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, groups: int = 32) -> None:
         if groups < 1:

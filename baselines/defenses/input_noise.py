@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, UserError, register
@@ -24,6 +26,10 @@ class InputNoise(Defense):
 
     acts_on = frozenset({"batch"})
     strength = ("std", "higher")
+    neutral = MappingProxyType({"std": 0.0})
+    draws = "noise on every input"
+    likelihood = "simulated"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, std: float = 0.1) -> None:
         if std < 0:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from leakbench_baselines.defenses.clip_l2 import nearness
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, register
@@ -23,6 +26,8 @@ class Int8(Defense):
     """
 
     acts_on = frozenset({"update"})
+    likelihood = "surrogate"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     @property
     def tensorwise(self) -> bool:
@@ -33,10 +38,24 @@ class Int8(Defense):
         """Round."""
         return {name: _rounded(value) for name, value in update.items()}
 
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:  # noqa: ARG002
+        """Return a surrogate (T,): `nearness` of ``clean`` to the values that are rounded to what was sent."""
+        excess = {}
+        for name, value in sent.items():
+            half = _greatest(value) / LEVELS / 2
+            excess[name] = ((clean[name] - value).abs() - half).clamp(min=0)
+        score: Tensor = nearness(sent, excess)
+        return score
+
 
 def _rounded(value: Tensor) -> Tensor:
     """Return ``value`` (T, *shape) rounded, each trial by itself."""
-    greatest = value.abs().flatten(1).amax(1).view(-1, *(1,) * (value.dim() - 1))
+    greatest = _greatest(value)
     # Divided by the magnitude and not by the step, which for very small values becomes 0.
     level = (value / torch.where(greatest > 0, greatest, 1) * LEVELS).round()
     return level / LEVELS * greatest
+
+
+def _greatest(value: Tensor) -> Tensor:
+    """Return the greatest magnitude, broadcastable to ``value`` (T, *shape)."""
+    return value.abs().flatten(1).amax(1).view(-1, *(1,) * (value.dim() - 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -28,6 +30,9 @@ class LabelSmoothing(Defense):
 
     acts_on = frozenset({"batch"})
     strength = ("alpha", "higher")
+    neutral = MappingProxyType({"alpha": 0.0})
+    likelihood = "simulated"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels", "soft_label", "llg")
 
     def __init__(self, *, alpha: float = 0.1) -> None:
         if not 0 <= alpha <= 1:

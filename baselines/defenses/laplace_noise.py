@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class LaplaceNoise(Defense):
 
     acts_on = frozenset({"update"})
     strength = ("scale", "higher")
+    neutral = MappingProxyType({"scale": 0.0})
+    draws = "noise on every coordinate"
+    likelihood = "density"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, scale: float = 0.01, relative: bool = False) -> None:
         if scale < 0:

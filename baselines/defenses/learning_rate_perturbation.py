@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from leakbench_baselines.defenses.clip_l2 import direction_fit, moved
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, UserError, register
@@ -28,6 +32,10 @@ class LearningRatePerturbation(Defense):
 
     acts_on = frozenset({"step"})
     strength = ("width", "higher")
+    neutral = MappingProxyType({"width": 0.0})
+    draws = "the learning rate of a round"
+    likelihood = "surrogate"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels", "dlm_plus")
 
     def __init__(self, *, width: float = 0.5) -> None:
         if not 0 <= width < 1:
@@ -50,3 +58,8 @@ class LearningRatePerturbation(Defense):
             ctx.state["factor"] = 1 + self.width * (2 * ctx.random.rand().double() - 1)
         factor = ctx.state["factor"]
         return {n: v * factor.to(v.dtype).view(-1, *(1,) * (v.dim() - 1)) for n, v in grads.items()}
+
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
+        """Return a surrogate (T,): how well the directions of what changed agree; exact after one local step."""
+        score: Tensor = direction_fit(moved(sent, ctx), moved({name: clean[name] for name in sent}, ctx))
+        return score

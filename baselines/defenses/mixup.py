@@ -31,6 +31,9 @@ class Mixup(Defense):
 
     acts_on = frozenset({"batch"})
     merges = 2
+    draws = "the weight of every pair"
+    likelihood = "simulated"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, alpha: float = 1.0) -> None:
         if alpha <= 0:

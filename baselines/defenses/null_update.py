@@ -21,6 +21,9 @@ class NullUpdate(Defense):
     """
 
     acts_on = frozenset({"update"})
+    draws = "all that is sent"
+    likelihood = "simulated"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     @property
     def tensorwise(self) -> bool:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from leakbench import Defense, DefenseContext, UserError, register
 
+EDGE = 0.05
+"""Probability below which the log-likelihood is a straight line."""
+
 
 @register("qsgd", version=1)
 class QSGD(Defense):
@@ -29,6 +32,9 @@ class QSGD(Defense):
 
     acts_on = frozenset({"update"})
     strength = ("levels", "lower")
+    draws = "whether a coordinate is rounded up or down"
+    likelihood = "density"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, levels: int = 16) -> None:
         if levels < 1:
@@ -50,14 +56,17 @@ class QSGD(Defense):
         """Return the log-probability (T,) of ``sent`` given ``clean``, over the tensors of ``sent``.
 
         A coordinate that is l steps of ``clean`` away from its clean value was rounded there with probability 1 - l,
-        and never where l is 1 or more: -inf. Between the multiples of a step, where nothing is sent, the same formula
-        stands in for candidates whose norm is a little off.
+        and never where l is 1 or more. From l = 0.95 on the logarithm goes on as a straight line, so that a candidate
+        that cannot have been sent still knows where to go. Between the multiples of a step, where nothing is sent, the
+        same formula stands in for candidates whose norm is a little off.
         """
         each = []
         for name, value in sent.items():
             unit = self._unit(clean[name])
             away = (value.double() - clean[name].double()).abs() / torch.where(unit > 0, unit, 1)
-            each.append((1 - away).clamp(min=0).log().flatten(1).sum(1).to(value.dtype))
+            inside = (1 - away).clamp(min=EDGE).log()
+            outside = (1 - away - EDGE).clamp(max=0) / EDGE
+            each.append((inside + outside).flatten(1).sum(1).to(value.dtype))
         return torch.stack(each).sum(0)
 
     def _rounded(self, value: Tensor, draws: Tensor) -> Tensor:

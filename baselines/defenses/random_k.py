@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
+from types import MappingProxyType
 
 import torch
+from leakbench_baselines.defenses.clip_l2 import direction_fit
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, UserError, register
@@ -31,6 +34,10 @@ class RandomK(Defense):
 
     acts_on = frozenset({"update"})
     strength = ("p", "higher")
+    neutral = MappingProxyType({"p": 0.0})
+    draws = "which coordinates are kept"
+    likelihood = "surrogate"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, p: float = 0.9, scope: str = "layer", rescale: bool = False) -> None:
         if not 0 <= p < 1:
@@ -60,6 +67,11 @@ class RandomK(Defense):
             parts = torch.split(self._factors(torch.cat(list(draws.values()), 1)), sizes, 1)
             factors = dict(zip(draws, parts, strict=True))
         return {name: value * factors[name].view_as(value).to(value.dtype) for name, value in update.items()}
+
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:  # noqa: ARG002
+        """Return a surrogate (T,): how well the directions agree on the coordinates that were sent."""
+        score: Tensor = direction_fit(sent, {name: clean[name] * (value != 0) for name, value in sent.items()})
+        return score
 
     def kept(self, coordinates: int) -> int:
         """Return how many of ``coordinates`` are kept, in exact arithmetic."""

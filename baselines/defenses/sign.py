@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Defense, DefenseContext, register
+
+NOISE = 0.1
+"""Scale of the logistic noise of the likelihood, in units of a tensor's mean magnitude."""
 
 
 @register("sign", version=1)
@@ -26,6 +33,8 @@ class Sign(Defense):
     """
 
     acts_on = frozenset({"update"})
+    likelihood = "surrogate"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, scaled: bool = False) -> None:
         self.scaled = scaled
@@ -40,6 +49,18 @@ class Sign(Defense):
         return {
             name: value.sign() * self._scale(value) if self.scaled else value.sign() for name, value in update.items()
         }
+
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:  # noqa: ARG002
+        """Return a surrogate (T,): the log-probability of the signs if ``clean`` had a little logistic noise.
+
+        A coordinate of 0 says nothing.
+        """
+        each = []
+        for name, value in sent.items():
+            size = self._scale(clean[name]).clamp(min=torch.finfo(value.dtype).tiny)
+            agreement = value.sign() * clean[name] / (NOISE * size)
+            each.append((-F.softplus(-agreement) * (value != 0)).flatten(1).sum(1))
+        return torch.stack(each).sum(0)
 
     @staticmethod
     def _scale(value: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
+from types import MappingProxyType
 
 import torch
+from leakbench_baselines.defenses.clip_l2 import direction_fit, nearness
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, UserError, register
@@ -45,6 +48,9 @@ class TopK(Defense):
 
     acts_on = frozenset({"update"})
     strength = ("p", "higher")
+    neutral = MappingProxyType({"p": 0.0})
+    likelihood = "surrogate"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, p: float = 0.9, scope: str = "layer", error_feedback: bool = False) -> None:
         if not 0 <= p < 1:
@@ -87,6 +93,27 @@ class TopK(Defense):
             kept = dict(zip(flat, parts, strict=True))
         return {name: kept[name].view_as(value) for name, value in update.items()}
 
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:  # noqa: ARG002
+        """Return a surrogate (T,): how well the directions agree on the coordinates that were sent, which are known.
+
+        Less the `nearness` lost by coordinates that were not sent although they exceed the least one that was.
+        """
+        shown = {name: value != 0 for name, value in sent.items()}
+        floor = {name: _least(value.abs().flatten(1)) for name, value in sent.items()}
+        if self.scope == "global":
+            floor = dict.fromkeys(sent, torch.stack(list(floor.values())).amin(0))
+        over = {
+            name: (clean[name].abs() - floor[name].view(-1, *(1,) * (value.dim() - 1))).clamp(min=0) * ~shown[name]
+            for name, value in sent.items()
+        }
+        score: Tensor = direction_fit(sent, {name: clean[name] * shown[name] for name in sent}) + nearness(sent, over)
+        return score
+
     def kept(self, coordinates: int) -> int:
         """Return how many of ``coordinates`` are kept, in exact arithmetic: (1 - 0.9) * 10 is more than 1 in floats."""
         return math.ceil((1 - Fraction(str(self.p))) * coordinates)
+
+
+def _least(size: Tensor) -> Tensor:
+    """Return the least positive magnitude (T,) of ``size`` (T, n); the greatest number where there is none."""
+    return torch.where(size > 0, size, torch.finfo(size.dtype).max).amin(1)

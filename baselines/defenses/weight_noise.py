@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -46,6 +50,10 @@ class WeightNoise(Defense):
 
     acts_on = frozenset({"update", "broadcast"})
     strength = ("scale", "higher")
+    neutral = MappingProxyType({"scale": 0.0})
+    draws = "noise on every weight"
+    likelihood = "density"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels", "dlm", "dlm_plus")
 
     def __init__(
         self,
@@ -72,6 +80,27 @@ class WeightNoise(Defense):
     def update(self, update: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:
         """Add the noise to the weights after local training."""
         return defended_update(update, self._noised(weights_sent(update, ctx), ctx), ctx)
+
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
+        """Return the log-density (T,) of ``sent`` given ``clean``, over the tensors of ``sent``.
+
+        Raises:
+            UserError: ``scale`` is 0, where there is no density.
+        """
+        if self.scale == 0:
+            raise UserError("weight_noise: without noise there is no likelihood; write weight_noise(scale=0.001)")
+        unit = ctx.lr if ctx.sends == "gradient" else 1.0
+        weights = weights_sent({name: clean[name] for name in sent}, ctx)
+        each = []
+        for name, value in sent.items():
+            scale = self.scale / unit * self._excess(weights[name])
+            z = (value - clean[name]) / scale
+            if self.distribution == "gaussian":
+                log_density = -z.square() / 2 - scale.log() - math.log(2 * math.pi) / 2
+            else:
+                log_density = -z.abs() - scale.log() - math.log(2)
+            each.append(log_density.flatten(1).sum(1))
+        return torch.stack(each).sum(0)
 
     def broadcast(self, weights: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:
         """Add noise to the weights before local training, as far as an adversary sees them."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
+from leakbench_baselines.defenses.clip_l2 import direction_fit, moved
 from leakbench_baselines.defenses.weight_noise import defended_update, weights_sent
 from torch import Tensor
 
@@ -30,6 +34,9 @@ class WeightSparsify(Defense):
 
     acts_on = frozenset({"update", "broadcast"})
     strength = ("p", "higher")
+    neutral = MappingProxyType({"p": 0.0})
+    likelihood = "surrogate"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels", "dlm", "dlm_plus")
 
     def __init__(self, *, p: float = 0.5, both_ways: bool = False) -> None:
         if not 0 <= p < 1:
@@ -46,6 +53,23 @@ class WeightSparsify(Defense):
         """Zero the smallest weights after local training."""
         sent: dict[str, Tensor] = defended_update(update, self._sparse(weights_sent(update, ctx)), ctx)
         return sent
+
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
+        """Return a surrogate (T,): how well the directions of what changed agree where weights were kept."""
+        seen, found = moved(sent, ctx), moved({name: clean[name] for name in sent}, ctx)
+        unit = ctx.lr if ctx.sends == "gradient" else 1.0
+        start = (ctx.received or ctx.model).parameters
+        kept = {}
+        for name, value in seen.items():
+            size = (start[name] - unit * value).abs().flatten(1)
+            # A weight of zero comes out of the update with rounding errors.
+            shown = size > 1e-5 * start[name].abs().flatten(1).amax(1, keepdim=True)
+            kept[name] = shown.view_as(value)
+        score: Tensor = direction_fit(
+            {name: value * kept[name] for name, value in seen.items()},
+            {name: value * kept[name] for name, value in found.items()},
+        )
+        return score
 
     def broadcast(self, weights: dict[str, Tensor], ctx: DefenseContext) -> dict[str, Tensor]:  # noqa: ARG002
         """Zero the smallest weights before local training, as far as an adversary sees them."""

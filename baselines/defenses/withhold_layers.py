@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from leakbench_baselines.defenses.clip_l2 import direction_fit, moved
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, Model, UserError, register
@@ -26,6 +30,9 @@ class WithholdLayers(Defense):
     """
 
     acts_on = frozenset({"update"})
+    neutral = MappingProxyType({"first": 0, "last": 0, "layers": ""})
+    likelihood = "surrogate"
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, first: int = 1, last: int = 0, layers: str = "") -> None:
         for name, count in (("first", first), ("last", last)):
@@ -58,3 +65,10 @@ class WithholdLayers(Defense):
         """Put zeros in the place of withheld layers."""
         withheld = self.withholds(ctx.model)
         return {name: value * 0 if name in withheld else value for name, value in update.items()}
+
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
+        """Return a surrogate (T,): how well the directions of what is sent of the other layers agree."""
+        withheld = self.withholds(ctx.model)
+        shown = {name: value for name, value in sent.items() if name not in withheld} or sent
+        score: Tensor = direction_fit(moved(shown, ctx), moved({name: clean[name] for name in shown}, ctx))
+        return score

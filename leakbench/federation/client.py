@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -100,6 +100,63 @@ class Client:
             Tensors by parameter name, each (T, *shape); with ``send_buffers`` also the running statistics.
         """
         state = state or ClientState()
+        moment = (round_index, client)
+        made, ctx = self._made(model, inputs, labels, order, random, state, moment, names, create_graph=create_graph)
+        update = self.defense.tensors("update", made, ctx)
+        buffers = ctx.model.buffers
+        state.buffers = {name: v.expand(labels.shape[0], *v.shape[1:]) for name, v in buffers.items()}
+        if self.protocol.send_buffers:
+            update = {**update, **state.buffers}
+        return update if names is None else {name: v for name, v in update.items() if name in names}
+
+    def log_likelihood(
+        self,
+        sent: Mapping[str, Tensor],
+        model: Model,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        random: TrialRandom,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """Return the score (T,) that the defense gives what was sent if these were T clients' examples.
+
+        Differentiable in inputs and labels; see `DefenseChain.log_likelihood`.
+
+        Args:
+            sent: What was sent, (T, *shape) by parameter name.
+            model: The model they received, M = 1 or T.
+            inputs: (T, N, *input_shape) their supposed examples.
+            labels: (T, N), or soft (T, N, C).
+            random: Streams of the defense's fresh draws.
+            order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
+
+        Raises:
+            NotImplementedError: No part of the defense declares a likelihood.
+        """
+        within = replace(self, defense=self.defense.inside)
+        state, moment = ClientState(), (0, 0)
+        made, ctx = within._made(model, inputs, labels, order, random, state, moment, None, create_graph=True)
+        clean = within.defense.tensors("update", made, ctx)
+        return self.defense.log_likelihood(sent, clean, replace(ctx, received=model))
+
+    def _made(
+        self,
+        model: Model,
+        inputs: Tensor,
+        labels: Tensor,
+        order: Tensor | None,
+        random: TrialRandom,
+        state: ClientState,
+        moment: tuple[int, int],
+        names: Collection[str] | None,
+        *,
+        create_graph: bool,
+    ) -> tuple[dict[str, Tensor], DefenseContext]:
+        """Return what T clients have to send before the defense's ``update`` hook, and what that hook sees.
+
+        ``moment`` is (round, client).
+        """
         protocol = self.protocol
         trained = model
         velocity: dict[str, Tensor] = {}
@@ -111,16 +168,11 @@ class Client:
             order = batch_order(protocol, self.batch_size).expand(labels.shape[0], -1, -1)
         for step in range(protocol.local_steps):
             index = order[:, step].to(inputs.device)
-            ctx = self._context(trained, inputs, labels, index, random, state, (round_index, client, step))
+            ctx = self._context(trained, inputs, labels, index, random, state, (*moment, step))
             grads, trained, ctx = self._gradient(trained, ctx, computed, create_graph=create_graph)
             if not single:
                 trained = self._descend(trained, grads, velocity)
-        update = grads if single else self._difference(model, trained)
-        update = self.defense.tensors("update", update, replace(ctx, model=trained))
-        state.buffers = {name: v.expand(labels.shape[0], *v.shape[1:]) for name, v in trained.buffers.items()}
-        if protocol.send_buffers:
-            update = {**update, **state.buffers}
-        return update if names is None else {name: v for name, v in update.items() if name in names}
+        return grads if single else self._difference(model, trained), replace(ctx, model=trained)
 
     def accepts(self, received: Received, inputs: Tensor, labels: Tensor, *, random: TrialRandom) -> Tensor:
         """Return whether T clients take part in a round, (T,) bool; see `leakbench.Defense.accept`.

@@ -6,12 +6,10 @@ from leakbench.inversion.networks import ConvolutionalPrior
 from leakbench.inversion.objectives import (
     Comparison,
     Cosine,
-    Intervals,
     JointScale,
-    Masked,
+    Likelihood,
     MeanNorm,
     Objective,
-    Signs,
     SquaredL2,
 )
 from leakbench.inversion.optimisers import LBFGS, Adam, Optimiser
@@ -25,7 +23,7 @@ from leakbench.inversion.priors import (
     Weighted,
 )
 from leakbench.inversion.rows import Rows
-from leakbench.inversion.sources import OneStep, Source, Surrogate, Unrolled
+from leakbench.inversion.sources import Defended, OneStep, Source, Surrogate, Unrolled
 from leakbench.inversion.spaces import Pixels, Space
 
 __all__ = [
@@ -35,15 +33,15 @@ __all__ = [
     "Comparison",
     "ConvolutionalPrior",
     "Cosine",
+    "Defended",
     "FeatureMatch",
     "GroupConsistency",
-    "Intervals",
     "Inversion",
     "InversionAttack",
     "JointScale",
     "L2Norm",
     "LabelSource",
-    "Masked",
+    "Likelihood",
     "MeanNorm",
     "Objective",
     "OneStep",
@@ -51,7 +49,6 @@ __all__ = [
     "Pixels",
     "Prior",
     "Rows",
-    "Signs",
     "Source",
     "Space",
     "SquaredL2",

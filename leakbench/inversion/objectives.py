@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+
+from leakbench.errors import UserError
 
 Units = Literal["gradient", "difference", "direction"]
 """What G is: an averaged gradient (needs the learning rate of an update), the raw change of the weights, or that scaled
@@ -28,11 +29,13 @@ class Comparison:
         goal: (Q, P) ||G||^2.
         pairs: g and G, (Q, numel) each, per tensor; empty where the objective is made of inner products alone.
         products: <g, G> and ||g||^2, (Q, P) each, where they were had without g.
+        likelihood: (Q,) mean log-likelihood of an entry that was sent, where the source gives one.
     """
 
     goal: Tensor
     pairs: tuple[tuple[Tensor, Tensor], ...] = ()
     products: tuple[Tensor, Tensor] | None = None
+    likelihood: Tensor | None = None
 
     @cached_property
     def dot(self) -> Tensor:
@@ -158,76 +161,18 @@ class MeanNorm(Objective):
         return torch.stack([(g / found - goal / wanted).square().sum(1) for g, goal in comparison.pairs]).sum(0)
 
 
-# --- likelihoods of what a defense did to the update --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Masked(Objective):
-    """Another objective on the entries that survived pruning: those where G is not 0.
-
-    Args:
-        inner: The objective.
-    """
-
-    inner: Objective
-
-    @property
-    def units(self) -> Units:
-        """Those of the inner objective."""
-        return self.inner.units
-
-    @property
-    def judge(self) -> Objective:
-        """The inner objective's, on the same entries."""
-        judge = self.inner.judge
-        return self if judge is self.inner else Masked(judge)
-
-    def unknowns(self, like: Tensor) -> dict[str, Tensor]:
-        """Return those of the inner objective."""
-        return self.inner.unknowns(like)
-
-    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:
-        """Return the distance of every row, (Q,)."""
-        kept = tuple((g * (goal != 0), goal) for g, goal in comparison.pairs)
-        return self.inner(Comparison(comparison.goal, kept), unknowns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Signs(Objective):
-    """Negative log-likelihood of observed signs, g being blurred by logistic noise of its own mean size.
-
-    Args:
-        noise: Scale of the noise in units of a tensor's mean |g|.
-    """
-
-    noise: float = 0.1
+class Likelihood(Objective):
+    """-log p(sent | candidates) per entry that was sent, by what the defense declares; with the source `Defended`."""
 
     def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
-        """Return the mean over the entries whose sign was sent, (Q,)."""
-        lost, sent = [], []
-        for g, goal in comparison.pairs:
-            size = g.abs().mean(1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
-            shown = (goal != 0).to(g.dtype)
-            lost.append((shown * F.softplus(-goal.sign() * g / (self.noise * size))).sum(1))
-            sent.append(shown.sum(1))
-        return torch.stack(lost).sum(0) / torch.stack(sent).sum(0).clamp(min=1)
+        """Return the distance of every row, (Q,).
 
-
-@dataclass(frozen=True, kw_only=True)
-class Intervals(Objective):
-    """Squared distance of g from the interval of values that quantisation rounds to G, relative to ||G||^2.
-
-    Args:
-        width: Width of the interval around G.
-    """
-
-    units: ClassVar[Units] = "gradient"
-    width: float
-
-    def __call__(self, comparison: Comparison, unknowns: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
-        """Return the distance of every row, (Q,)."""
-        outside = [F.relu((g - goal).abs() - self.width / 2).square().sum(1) for g, goal in comparison.pairs]
-        return torch.stack(outside).sum(0) / comparison.goal.sum(1).clamp(min=torch.finfo(outside[0].dtype).tiny)
+        Raises:
+            UserError: The source gives no likelihood.
+        """
+        if comparison.likelihood is None:
+            raise UserError("the objective Likelihood needs the source Defended")
+        return -comparison.likelihood
 
 
 def safe_root(square: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leakbench.errors import NotApplicable
-from leakbench.inversion.objectives import Comparison, Units
+from leakbench.inversion.objectives import Comparison, Cosine, Units
 from leakbench.inversion.rows import Rows, unit_direction
 from leakbench.knowledge import Knowledge
 from leakbench.observation import Observation
@@ -154,6 +154,59 @@ class Unrolled(Source):
         )
         moved = seen.difference(sent, model=rows.model)
         return {name: moved[name] for name in rows.target}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defended(Unrolled):
+    """The task's own client with what an adversary simulates of its defense, scored by what the defense declares.
+
+    Where it declares no likelihood, the cosine of what the simulated client sends takes its place. A defense that draws
+    does so anew in every comparison, so that the mean over the comparisons is an expectation over its draws.
+
+    Args:
+        samples: Draws that one comparison averages.
+    """
+
+    samples: int = 1
+
+    def check(self, knowledge: Knowledge) -> None:
+        """Decline an aggregate, and a task that withholds what a simulated client needs."""
+        _ = knowledge.defense
+        super().check(knowledge)
+
+    def evaluations(self, knowledge: Knowledge) -> int:
+        """Return the number of local steps, times the draws."""
+        return self.samples * super().evaluations(knowledge)
+
+    def gradients(
+        self,
+        rows: Rows,
+        inputs: Tensor,
+        labels: Tensor,
+        unknowns: Mapping[str, Tensor],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return simulated updates by name; see `Source.gradients`."""
+        seen = rows.observation
+        sent = seen.simulate(inputs, labels, create_graph=True, order=self.order(rows), inside=True, model=rows.model)
+        moved = seen.difference(sent, model=rows.model)
+        return {name: moved[name] for name in rows.target}
+
+    def compare(
+        self, rows: Rows, inputs: Tensor, labels: Tensor, unknowns: Mapping[str, Tensor], *, elementwise: bool
+    ) -> Comparison:
+        """Score the update; a cosine of 1 scores 0 where no likelihood is declared."""
+        seen = rows.observation
+        sent = {name: rows.spread(seen.update[name]) for name in rows.target}
+        entries = sum(value[0].numel() for value in sent.values())
+        scores = []
+        for _ in range(self.samples):
+            if seen.defense.has_likelihood:
+                order = self.order(rows)
+                scores.append(seen.log_likelihood(sent, inputs, labels, order=order, model=rows.model) / entries)
+            else:
+                simulated = super().compare(rows, inputs, labels, unknowns, elementwise=elementwise)
+                scores.append(-Cosine()(simulated, unknowns))
+        return Comparison(rows.goal, likelihood=torch.stack(scores).mean(0))
 
 
 @dataclass(frozen=True, kw_only=True)

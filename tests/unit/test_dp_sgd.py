@@ -108,12 +108,22 @@ def test_its_likelihood_is_that_of_independent_normals(sends):
     torch.testing.assert_close(found, expected)
 
 
-def test_where_there_is_no_density_it_says_so():
+def test_without_noise_only_the_clean_update_scores_nothing_less():
     block = digits_block(BATCH)
-    with pytest.raises(UserError, match="local_steps: 1"):
-        DPSGD(noise_multiplier=0).log_likelihood({}, {}, context(block))
-    with pytest.raises(UserError, match="local_steps: 1"):
-        DPSGD().log_likelihood({}, {}, context(block, local_step=1))
+    sent = send(block, DPSGD(clip=0.3, noise_multiplier=0))
+    other = {n: 1.5 * v for n, v in sent.items()}
+    defense, ctx = DPSGD(clip=0.3, noise_multiplier=0), context(block)
+    assert (defense.log_likelihood(sent, sent, ctx) == 0).all()
+    assert (defense.log_likelihood(sent, other, ctx) < -1).all()
+
+
+def test_the_noises_of_several_steps_add_up():
+    block = digits_block(BATCH)
+    sent = send(block, DPSGD(clip=0.3, noise_multiplier=2), sends="delta")
+    clean = send(block, DPSGD(clip=0.3, noise_multiplier=0), sends="delta")
+    found = DPSGD(clip=0.3, noise_multiplier=2).log_likelihood(sent, clean, context(block, sends="delta", local_step=3))
+    wider = DPSGD(clip=0.3, noise_multiplier=4).log_likelihood(sent, clean, context(block, sends="delta"))
+    torch.testing.assert_close(found, wider)
 
 
 def test_an_example_without_a_gradient_has_finite_derivatives():

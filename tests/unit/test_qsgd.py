@@ -59,11 +59,14 @@ def test_the_likelihood_is_how_often_it_is_sent():
     assert ((share - claimed).abs() < 5 * (claimed * (1 - claimed) / trials).sqrt()).all()
 
 
-def test_what_cannot_have_been_sent_has_no_probability():
+def test_what_cannot_have_been_sent_is_less_likely_the_further_away_it_is():
     clean, other = updates(2), updates(2, seed=1)
     sent = QSGD(levels=16).update(clean, context(2))
-    assert QSGD(levels=16).log_likelihood(sent, clean, None).isfinite().all()
-    assert (QSGD(levels=16).log_likelihood(sent, other, None) == -torch.inf).all()
+    halfway = {n: (clean[n] + other[n]) / 2 for n in clean}
+    scores = [QSGD(levels=16).log_likelihood(sent, found, None) for found in (clean, halfway, other)]
+    assert (scores[0] > scores[1] + 10).all()
+    assert (scores[1] > scores[2] + 10).all()
+    assert scores[2].isfinite().all()
 
 
 def test_fine_levels_change_little_a_diverged_update_stays_finite_and_nothing_nothing():
