@@ -229,7 +229,12 @@ def is_complete(path: Path) -> bool:
     return read_job_status(path) is not None
 
 
-def _job_files(out: Path) -> Iterator[JobFile]:
+def job_files(out: Path) -> Iterator[JobFile]:
+    """Yield the whole result files under an output directory.
+
+    Raises:
+        UserError: One holds rows of another schema version.
+    """
     # "[!.]" leaves out the temporary files of running and killed jobs.
     for path in sorted(out.glob("*/*/[!.]*.parquet")):
         job = read_job_status(path)
@@ -249,11 +254,14 @@ def completed_jobs(out: Path, season: str) -> dict[str, JobFile]:
     Raises:
         UserError: It holds rows of another schema version.
     """
-    return {job.job_id: job for job in _job_files(out) if job.season == season}
+    return {job.job_id: job for job in job_files(out) if job.season == season}
 
 
 MEASURES_FOLDER = "measures"
 """Folder of an output directory that holds the rows of measures, in the same layout."""
+
+UTILITY_FOLDER = "utility"
+"""Folder of an output directory that holds the rows of federated trainings, in the same layout."""
 
 _SAME_MODEL = (
     *("season", "season_commitment", "benchmark_version"),
@@ -281,7 +289,7 @@ def load_rows(out: Path | Iterable[Path]) -> pd.DataFrame:
 
 def holds_rows(out: Path) -> bool:
     """Whether there are rows of attacks under an output directory."""
-    return next(_job_files(out), None) is not None
+    return next(job_files(out), None) is not None
 
 
 def holds_measures(out: Path) -> bool:
@@ -326,7 +334,7 @@ def read_files(directories: Sequence[Path], command: str) -> pd.DataFrame:
     for directory in directories:
         if not directory.is_dir():
             raise UserError(f"no directory {directory}: expected results; make some with: leakbench {command} quick")
-        tables += [pq.read_table(job.path) for job in _job_files(directory)]
+        tables += [pq.read_table(job.path) for job in job_files(directory)]
     if not tables:
         listed = ", ".join(map(str, directories))
         raise UserError(f"no result rows under {listed}; make some with: leakbench {command} quick --out {listed}")
@@ -334,11 +342,19 @@ def read_files(directories: Sequence[Path], command: str) -> pd.DataFrame:
     return rows
 
 
+def latest_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return, of the rows of attacks on the same trial, that of the widest and then latest block."""
+    return _latest(rows, _SAME_TRIAL)
+
+
 def _latest(rows: pd.DataFrame, same: Sequence[str]) -> pd.DataFrame:
     """Keep, of the rows that agree in ``same``, that of the widest and then latest block."""
-    width = rows["block_stop"] - rows["block_start"]
+    few = rows[[*same, "utc"]].reset_index(drop=True)
+    few["_width"] = (rows["block_stop"] - rows["block_start"]).to_numpy()
     # Failed measures have no trial: one row stands for its block.
-    block = rows["block_start"].where(rows["status"] != "ok", -1) if "measure" in rows else 0
-    order = rows.assign(_width=width, _block=block).sort_values(["_width", "utc"], kind="stable")
-    kept = order.drop_duplicates([*same, "_block"], keep="last").drop(columns=["_width", "_block"])
-    return kept.sort_index().reset_index(drop=True)
+    few["_block"] = rows["block_start"].where(rows["status"] != "ok", -1).to_numpy() if "measure" in rows else 0
+    order = few.sort_values(["_width", "utc"], kind="stable")
+    kept = order.drop_duplicates([*same, "_block"], keep="last").index
+    if len(kept) < len(rows):
+        rows = rows.iloc[kept.sort_values()]
+    return rows.reset_index(drop=True)

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from leakbench.autoleak import NAME as AUTOLEAK
+from leakbench.autoleak import is_meant, spelled_out
 from leakbench.data.catalogue import DATASETS, SOURCE_CLASS
 from leakbench.entries import resolve_all
 from leakbench.errors import UserError, did_you_mean, unknown
@@ -213,8 +215,11 @@ def _check_names(suite: Suite, path: Path) -> None:
         "measures": lambda grid: [resolve_measure(text) for text in grid.measures],
         "defenses": common["defenses"],
     }
-    texts: list[tuple[Kind, str]] = [("attack", text) for grid in suite.grids for text in grid.attacks]
-    texts += [("defense", text) for grid in (*suite.grids, *suite.utility) for text in grid.defenses]
+    texts: list[tuple[Kind, str]] = [
+        ("attack", text) for grid in suite.grids for text in grid.attacks if text.strip() != AUTOLEAK
+    ]
+    texts += [("defense", text) for grid in suite.grids for text in grid.defenses]
+    texts += [("defense", text) for trainings in suite.utility for text in trainings.defenses]
     with contextlib.suppress(UserError):  # describes every entry in one child; the loop below says where a mistake is
         resolve_all(texts)
     parts: list[tuple[str, Grid | UtilityGrid, dict[str, Callable[[Any], object]]]] = [
@@ -269,7 +274,9 @@ def _check_attributes(grid: Grid) -> None:
 
 
 def _check_attacks(grid: Grid) -> None:
-    for (_, text), (attack,) in resolve_all([("attack", text) for text in grid.attacks]).items():
+    for target in grid.target if any(map(is_meant, grid.attacks)) else ():
+        spelled_out((AUTOLEAK,), (target,))
+    for (_, text), (attack,) in resolve_all([("attack", t) for t in grid.attacks if not is_meant(t)]).items():
         recovers = attack.description.recovers
         for target in grid.target:
             if target not in recovers:

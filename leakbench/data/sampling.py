@@ -69,13 +69,18 @@ class Victims:
         return np.asarray(self.indices[0] != PADDING).reshape(-1)
 
 
-class _Uniforms:
-    """A stream of uniforms in [0, 1) with 53 bits."""
+class Uniforms:
+    """A stream of uniforms in [0, 1) with 53 bits.
+
+    Args:
+        key: What it depends on; see `leakbench.keys.derive`.
+    """
 
     def __init__(self, key: bytes) -> None:
         self._bits = np.random.Philox(key=int.from_bytes(key[:16], "little"))
 
     def __call__(self, *shape: int) -> Floats:
+        """Return the next ones, of this shape."""
         words = np.asarray(self._bits.random_raw(int(np.prod(shape))), dtype=np.uint64)
         return ((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(shape)
 
@@ -199,7 +204,7 @@ def draw_victims(
     indices = np.full((len(trials), clients, local_batches * batch.size), PADDING)
     truth, asked = np.zeros(len(trials), dtype=np.int64), np.zeros(len(trials), dtype=np.int64)
     for t, trial in enumerate(trials):
-        uniforms = _Uniforms(keys.derive(key, "victim", *names, int(trial)))
+        uniforms = Uniforms(keys.derive(key, "victim", *names, int(trial)))
         pool = _Pool(members)
         if attribute is not None:
             truth[t] = uniforms(1)[0] < 0.5
@@ -253,7 +258,7 @@ def draw_label_counts(
     prior = np.asarray(class_prior, dtype=np.float64)
     present = np.flatnonzero(prior)
     _check_classes(batch, len(present), "the class prior")
-    uniforms = _Uniforms(keys.derive(key, "label_counts", batch.content(), clients, local_batches))
+    uniforms = Uniforms(keys.derive(key, "label_counts", batch.content(), clients, local_batches))
     counts = np.empty((draws * clients, len(present)), dtype=np.int64)
     step = max(1, _CHUNK_WORDS // (local_batches * max(batch.size, len(present))))
     for start in range(0, len(counts), step):
@@ -297,14 +302,14 @@ def _draw_client(
     pool: _Pool,
     present: Ints,
     local_batches: int,
-    uniforms: _Uniforms,
+    uniforms: Uniforms,
     who: str,
     with_it: int | None,
 ) -> Ints:
     """Return the examples of one client of a trial, (S * B,); ``with_it`` of a batch are of group 1, others of 0."""
     taken = np.empty((local_batches, batch.size), dtype=np.int64)
     order = present[np.argsort(uniforms(len(present)), kind="stable")]
-    cdf = None if batch.alpha is None else _proportions(batch.alpha, uniforms, 1, len(present))[0].cumsum()
+    cdf = None if batch.alpha is None else proportions(batch.alpha, uniforms, 1, len(present))[0].cumsum()
     for s in range(local_batches):
         wanted = np.full(batch.size, _ANY)
         if batch.sampler == "unique":
@@ -334,7 +339,7 @@ def _draw_client(
     return taken.reshape(-1)
 
 
-def _counts(batch: BatchSpec, prior: Floats, draws: int, local_batches: int, uniforms: _Uniforms) -> Ints:
+def _counts(batch: BatchSpec, prior: Floats, draws: int, local_batches: int, uniforms: Uniforms) -> Ints:
     """Return label counts of ``draws`` clients, (draws, classes that are present)."""
     classes, size = len(prior), local_batches * batch.size
     counts = np.zeros((draws, classes), dtype=np.int64)
@@ -350,7 +355,7 @@ def _counts(batch: BatchSpec, prior: Floats, draws: int, local_batches: int, uni
         np.put_along_axis(counts, order, np.bincount(np.arange(batch.size) % batch.classes, minlength=classes), axis=1)
         return counts * local_batches
     if batch.alpha is not None:
-        cdf = _proportions(batch.alpha, uniforms, draws, classes).cumsum(axis=1)
+        cdf = proportions(batch.alpha, uniforms, draws, classes).cumsum(axis=1)
         # One sorted array for all rows: row r's distribution function is shifted to [r, r + 1).
         shifted = (np.minimum(cdf, np.nextafter(1.0, 0.0)) + each[:, None]).ravel()
         found = np.searchsorted(shifted, uniforms(draws, size) + each[:, None], side="right")
@@ -373,7 +378,7 @@ def _tally(labels: Ints, classes: int) -> Ints:
     return np.bincount((labels + rows).ravel(), minlength=len(labels) * classes).reshape(len(labels), classes)
 
 
-def _proportions(alpha: float, uniforms: _Uniforms, rows: int, classes: int) -> Floats:
+def proportions(alpha: float, uniforms: Uniforms, rows: int, classes: int) -> Floats:
     """Draw from the symmetric Dirichlet(alpha), (rows, classes).
 
     Normalised Gamma(alpha) variables, each Gamma(alpha + 1) * U^(1/alpha) in logarithms, since for a small alpha most

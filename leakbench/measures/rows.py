@@ -9,22 +9,22 @@ from leakbench.schema import ROW_FIELDS, Field
 _TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 
 
-def _columns(first: str, stop: str | None) -> tuple[Field, ...]:
+def result_columns(first: str, stop: str | None) -> tuple[Field, ...]:
     """Return the columns of result rows from ``first`` to the one before ``stop``, or to the last."""
     names = [field.name for field in ROW_FIELDS]
     return ROW_FIELDS[names.index(first) : None if stop is None else names.index(stop)]
 
 
 MEASURE_FIELDS: tuple[Field, ...] = (
-    *_columns("schema_version", "budget_model_evaluations"),
+    *result_columns("schema_version", "budget_model_evaluations"),
     Field("measure", _TEXT, "Measure id"),
     Field("measure_label", _TEXT, "Id with the parameters that differ from the defaults"),
     Field("measure_version", _INT, "Version of the measure"),
     Field("measure_params", _TEXT, "Parameters, canonical JSON"),
-    *_columns("defense", "job_id"),
+    *result_columns("defense", "job_id"),
     Field("job_id", _TEXT, "Content hash of task, block, measure, defense and their parameters"),
-    *_columns("block_start", "trial"),
-    *_columns("model_draws", "model_shown"),
+    *result_columns("block_start", "trial"),
+    *result_columns("model_draws", "model_shown"),
     Field("trial", _INT, "Number of the trial; null: fitted over the trials of the block, or failed", nullable=True),
     Field("draw", _INT, "Init or checkpoint draw; null: fitted or failed", nullable=True),
     Field("status", _TEXT, "As of result rows; a failed job has one row"),
@@ -42,6 +42,6 @@ MEASURE_FIELDS: tuple[Field, ...] = (
     Field("n", _INT, "Observations behind a fitted value; null: one trial", nullable=True),
     Field("wall_seconds", _FLOAT, "Wall seconds of the job; null: not measured", nullable=True),
     Field("peak_memory_bytes", _INT, "Peak memory of the measuring process", nullable=True),
-    *_columns("leakbench_version", None),
+    *result_columns("leakbench_version", None),
 )
 """Every column of a measure row, in order."""

@@ -84,6 +84,11 @@ def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local
                     from leakbench.submitting.role import CheckRole  # no part of a run
 
                     roles = {"law": CheckRole(message).check}
+                elif message.kind == "train":
+                    from leakbench.utility.child import TrainingRole  # builds on ClientRole
+
+                    training = TrainingRole(message, local or {})
+                    roles = {"round": training.round, "predict": training.predict}
                 elif message.kind == "attack":
                     attack = AttackRole(message, local or {}, sock)
                     roles = {"prepare": attack.prepare, "plant": attack.plant, "run": attack.run}

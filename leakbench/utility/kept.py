@@ -21,12 +21,11 @@ from torch import Tensor
 
 from leakbench.entries import NO_DEFENSE, EntrySpec
 from leakbench.errors import UserError
+from leakbench.results import UTILITY_FOLDER
 from leakbench.tasks import Task
 
-FOLDER = "utility"
-"""Folder of an output directory that holds everything of `leakbench utility`."""
 KEPT_FOLDER = "kept"
-"""Folder, in there, of what was kept."""
+"""Folder, in that of the rows, of what was kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ def write_kept(out: Path, kept: Kept) -> Path:
     tensors |= {part: getattr(kept, part) for part in _SINGLE if getattr(kept, part) is not None}
     note = {k: v for k, v in vars(kept).items() if k not in (*_TENSORS, *_SINGLE, "task")}
     note |= {"task": kept.task.content(), "model_sha256": kept.model_sha256}
-    folder = out / FOLDER / KEPT_FOLDER
+    folder = out / UTILITY_FOLDER / KEPT_FOLDER
     path = folder / f"{kept.name}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +147,7 @@ def read_kept(out: Path, *, runs: Collection[str] | None = None) -> list[Kept]:
     Raises:
         UserError: A file is damaged.
     """
-    paths = (out / FOLDER / KEPT_FOLDER).glob("[!.]*.safetensors")
+    paths = (out / UTILITY_FOLDER / KEPT_FOLDER).glob("[!.]*.safetensors")
     found = [read_file(path) for path in paths if runs is None or path.stem.partition("-")[0] in runs]
     return sorted(found, key=lambda kept: (kept.run, kept.round, kept.client))
 
