@@ -37,13 +37,16 @@ class Rows:
     def of(cls, frame: pd.DataFrame, order: NDArray[np.intp]) -> Rows:
         """Return the rows of a frame with `COLUMNS` in some order."""
         columns = {}
+        kept: NDArray[np.intp] | slice = order
+        if (order == np.arange(len(order))).all():
+            kept = slice(None)  # nothing is copied
         for name in cls.COLUMNS:
             values = frame[name]
             if name in cls.TEXTS:
-                columns[name] = values.astype(object).where(values.notna(), None).to_numpy(object)[order]
+                columns[name] = values.astype(object).where(values.notna(), None).to_numpy(object)[kept]
             else:
                 whole = name in ("draw", "trial")
-                columns[name] = (values.to_numpy() if whole else values.to_numpy(np.float64, na_value=np.nan))[order]
+                columns[name] = (values.to_numpy() if whole else values.to_numpy(np.float64, na_value=np.nan))[kept]
         return cls(columns)
 
     def __len__(self) -> int:

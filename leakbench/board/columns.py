@@ -76,10 +76,12 @@ class Cell:
     Args:
         keys: Values of `CELL_KEYS`.
         rows: All rows, by draw and trial.
+        places: Their positions in the frame that they were cut from.
     """
 
     keys: dict[str, Any]
     rows: Rows
+    places: NDArray[np.intp]
 
     @cached_property
     def metric(self) -> MetricSpec:

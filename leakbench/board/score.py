@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,11 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
         `CELL_KEYS`, the columns of `COLUMNS` and `TABLE_COLUMNS`; sorted by task, defense and score. No value but
         those of `TABLE_COLUMNS` depends on other cells.
     """
-    rows = rows.dropna(subset=["attack"])
-    built = build_cells(rows)
+    return board_of(build_cells(rows.dropna(subset=["attack"])))
+
+
+def board_of(built: Sequence[Cell]) -> pd.DataFrame:
+    """Return the line of every cell; see `cells`."""
     columns = [*CELL_KEYS, *(column.key for column in COLUMNS)]
     frame = pd.DataFrame(
         [cell.keys | {column.key: column.produce(cell) for column in COLUMNS} for cell in built], columns=columns
@@ -80,7 +84,7 @@ def build_cells(rows: pd.DataFrame) -> list[Cell]:
     whole = Rows.of(rows, order)
     ends = [*starts[1:].tolist(), len(order)]
     return [
-        Cell(dict(zip(CELL_KEYS, own, strict=True)), whole.part(slice(start, end)))
+        Cell(dict(zip(CELL_KEYS, own, strict=True)), whole.part(slice(start, end)), order[start:end])
         for own, start, end in zip(keys, starts.tolist(), ends, strict=True)
     ]
 
