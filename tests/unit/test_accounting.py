@@ -1,0 +1,157 @@
+"""Epsilon against Opacus, against closed forms, and against what clients do."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from leakbench_baselines.defenses.clip_l2 import ClipL2
+from leakbench_baselines.defenses.dp_sgd import DPSGD
+from leakbench_baselines.defenses.fed_cdp import FedCDP
+from leakbench_baselines.defenses.gaussian_noise import GaussianNoise
+from leakbench_baselines.defenses.local_steps import LocalSteps
+from leakbench_baselines.defenses.mixup import Mixup
+from opacus.accountants import create_accountant
+from scipy.stats import norm
+
+from leakbench import UserError
+from leakbench.accounting import chain_epsilon, chain_mu, epsilon, gaussian_epsilon
+from leakbench.defense import DefenseChain
+from leakbench.tasks import Protocol
+
+DELTA = 1e-5
+SETTINGS = [(1.0, 0.01, 1000), (0.6, 0.05, 100), (4.0, 1.0, 50)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accountant", ["prv", "rdp", "gdp"])
+@pytest.mark.parametrize(("noise", "rate", "steps"), SETTINGS)
+def test_epsilon_is_that_of_opacus_stepped_as_its_engine_does(accountant, noise, rate, steps):
+    opacus = create_accountant(accountant)
+    for _ in range(steps):
+        opacus.step(noise_multiplier=noise, sample_rate=rate)
+    assert epsilon(noise, rate, steps, DELTA, accountant) == opacus.get_epsilon(DELTA)
+
+
+@pytest.mark.parametrize(("noise", "steps"), [(1.0, 1), (4.0, 50), (10.0, 1000)])
+def test_without_sampling_the_numerical_accountant_meets_the_closed_form(noise, steps):
+    # n Gaussian mechanisms of mu = 1 / z compose to one of sqrt(n) / z exactly; PRV's error is at most .01.
+    exact = gaussian_epsilon(steps**0.5 / noise, DELTA)
+    assert exact <= epsilon(noise, 1.0, steps, DELTA) <= exact + 0.02
+    assert epsilon(noise, 1.0, steps, DELTA, "rdp") > exact
+
+
+@pytest.mark.parametrize(("mu", "delta"), [(0.1, 1e-5), (1.0, 1e-5), (1.0, 0.1), (6.0, 1e-8), (40.0, 1e-5)])
+def test_gaussian_epsilon_is_where_the_best_test_gains_delta(mu, delta):
+    # Of N(0, 1) and N(mu, 1) the most powerful event at epsilon is x > c with likelihood ratio exp(epsilon).
+    eps = gaussian_epsilon(mu, delta)
+    cut = eps / mu + mu / 2
+    power, level = norm.sf(cut - mu), math.exp(eps + norm.logsf(cut))
+    assert power - level == pytest.approx(delta, rel=1e-6)
+    points = torch.linspace(-10, 50, 2001, dtype=torch.float64).numpy()
+    assert (norm.sf(points - mu) - math.exp(min(eps, 700)) * norm.sf(points)).max() <= delta * (1 + 1e-6) or eps > 700
+
+
+def test_gaussian_epsilon_at_the_ends():
+    assert gaussian_epsilon(0.0, DELTA) == 0
+    assert gaussian_epsilon(math.inf, DELTA) == math.inf
+    total_variation = 2 * norm.cdf(0.25) - 1
+    assert gaussian_epsilon(0.5, total_variation * 1.001) == 0
+    assert gaussian_epsilon(0.5, total_variation * 0.999) > 0
+
+
+def test_no_noise_promises_nothing_and_no_step_everything():
+    assert epsilon(0.0, 0.5, 3, DELTA) == math.inf
+    assert epsilon(1.0, 0.5, 0, DELTA) == 0
+
+
+def mu(parts, protocol=None, layers=None):
+    return chain_mu(DefenseChain(parts), protocol or Protocol(), 8, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "times"),
+    [
+        (Protocol(), 1),
+        (Protocol(reduction="sum", rounds=5), 5),
+        (Protocol(sends="delta", lr=0.3), 1),
+        (Protocol(sends="delta", local_steps=6, batches="same"), 6),
+        (Protocol(sends="weights", local_steps=6, rounds=3), 3),
+        (Protocol(sends="delta", local_steps=6, batches="epochs", batches_per_epoch=2, rounds=2, momentum=0.9), 6),
+    ],
+)
+def test_dp_sgd_promises_two_over_z_for_every_step_that_has_the_example(protocol, times):
+    assert mu([DPSGD(clip=0.7, noise_multiplier=4)], protocol) == pytest.approx(2 / 4 * times**0.5)
+
+
+def test_epsilon_of_a_chain_is_that_of_opacus_for_the_same_sensitivity():
+    # Replacing moves the sum by 2 C where adding moves it by C: half the noise multiplier, nothing sampled.
+    chain = DefenseChain([DPSGD(noise_multiplier=8)])
+    protocol = Protocol(sends="delta", local_steps=10, batches="same", rounds=4)
+    found = chain_epsilon(chain, protocol, 8, DELTA)
+    assert found == pytest.approx(epsilon(4.0, 1.0, 40, DELTA), abs=0.02)
+    assert found <= epsilon(4.0, 1.0, 40, DELTA)
+
+
+def test_fed_cdp_pays_for_each_layer():
+    assert mu([FedCDP(clip=4, noise_multiplier=3)], layers=5) == pytest.approx(2 * 5**0.5 / 3)
+    assert mu([FedCDP(clip=4, noise_multiplier=3)]) is None
+
+
+def test_noise_on_a_clipped_update():
+    parts = [ClipL2(bound=0.5), GaussianNoise(std=0.25)]
+    assert mu(parts) == pytest.approx(4)
+    assert mu(parts, Protocol(sends="delta", local_steps=3, rounds=4)) == pytest.approx(8)
+
+
+def test_what_follows_noisy_steps_takes_nothing_away():
+    protocol = Protocol(sends="delta", local_steps=4, batches="same")
+    assert mu([DPSGD(noise_multiplier=2), ClipL2(bound=0.1)], protocol) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [],
+        [GaussianNoise(std=1.0)],
+        [DPSGD(noise_multiplier=0)],
+        [ClipL2(bound=1.0)],
+        [DPSGD(), Mixup()],
+        [LocalSteps(steps=2), DPSGD()],
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_unbounded_sensitivity_or_no_noise_has_no_epsilon(parts, steps):
+    protocol = Protocol(sends="delta", local_steps=steps, batches="same")
+    assert chain_epsilon(DefenseChain(parts), protocol, 8, DELTA) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((-1.0, 0.1, 1, DELTA), "noise_multiplier"),
+        ((1.0, 0.0, 1, DELTA), "sample_rate"),
+        ((1.0, 0.1, -1, DELTA), "steps"),
+        ((1.0, 0.1, 1, 0.0), "delta"),
+        ((1.0, 0.1, 1, DELTA, "zcdp"), "accountant"),
+    ],
+)
+def test_numbers_out_of_range_are_named(arguments, named):
+    with pytest.raises(UserError, match=named):
+        epsilon(*arguments)
+    with pytest.raises(UserError, match="mu"):
+        gaussian_epsilon(-1, DELTA)
+
+
+def test_the_module_imports_no_torch():
+    code = "import sys, leakbench.accounting as a; a.gaussian_epsilon(1, .1); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_command_prints_both_readings(leakbench):
+    code, out, _ = leakbench("epsilon", "--noise-multiplier", "1")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["4.387", "9.997"]
