@@ -235,11 +235,6 @@ def job_files(out: Path) -> Iterator[JobFile]:
     Raises:
         UserError: One holds rows of another schema version.
     """
-    """Yield the whole result files under an output directory.
-
-    Raises:
-        UserError: One holds rows of another schema version.
-    """
     # "[!.]" leaves out the temporary files of running and killed jobs.
     for path in sorted(out.glob("*/*/[!.]*.parquet")):
         job = read_job_status(path)
@@ -345,11 +340,6 @@ def read_files(directories: Sequence[Path], command: str) -> pd.DataFrame:
         raise UserError(f"no result rows under {listed}; make some with: leakbench {command} quick --out {listed}")
     rows: pd.DataFrame = pa.concat_tables([table.replace_schema_metadata() for table in tables]).to_pandas()
     return rows
-
-
-def latest_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, of the rows of attacks on the same trial, that of the widest and then latest block."""
-    return _latest(rows, _SAME_TRIAL)
 
 
 def latest_rows(rows: pd.DataFrame) -> pd.DataFrame:
