@@ -50,10 +50,12 @@ __all__ = [
     "completed_jobs",
     "holds_measures",
     "holds_rows",
+    "holds_utility",
     "is_complete",
     "job_path",
     "load_measures",
     "load_rows",
+    "load_utility",
     "no_rows",
     "prepare_out",
     "read_job_status",
@@ -297,6 +299,11 @@ def holds_measures(out: Path) -> bool:
     return holds_rows(out / MEASURES_FOLDER)
 
 
+def holds_utility(out: Path) -> bool:
+    """Whether there are rows of federated trainings under an output directory."""
+    return holds_rows(out / UTILITY_FOLDER)
+
+
 def no_rows() -> pd.DataFrame:
     """Return rows of attacks, of which there are none."""
     rows: pd.DataFrame = arrow_schema().empty_table().to_pandas()
@@ -318,6 +325,25 @@ def load_measures(out: Path | Iterable[Path]) -> pd.DataFrame:
         listed = " ".join(map(str, directories))
         raise UserError(f"no rows of measures under {listed}; make some with: leakbench measure quick --out {listed}")
     return _latest(read_files(found, "measure"), _SAME_VALUE)
+
+
+def load_utility(out: Path | Iterable[Path]) -> pd.DataFrame:
+    """Return the rows of federated trainings under one or several output directories, one per setting, defense, seed.
+
+    Of every defense those at the learning rate that it chose, beside the undefended training of the same seed: the
+    columns of `leakbench.utility.rows.UTILITY_FIELDS` and `leakbench.utility.summary.COMPARED`.
+
+    Raises:
+        UserError: A directory is missing, holds rows of another schema version, or no such rows at all.
+    """
+    from leakbench.utility.summary import compared
+
+    directories = [out] if isinstance(out, Path) else list(out)
+    found = [directory / UTILITY_FOLDER for directory in directories if holds_utility(directory)]
+    if not found:
+        listed = " ".join(map(str, directories))
+        raise UserError(f"no rows of trainings under {listed}; make some with: leakbench utility SUITE --out {listed}")
+    return compared(read_files(found, "utility"))
 
 
 def read_files(directories: Sequence[Path], command: str) -> pd.DataFrame:

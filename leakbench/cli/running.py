@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -14,7 +14,10 @@ from leakbench.cli.base import cli, print_json
 from leakbench.errors import INTERRUPTED, UserError
 
 if TYPE_CHECKING:
-    from leakbench.runner.session import Report
+    from leakbench.runner.session import Report, Request
+    from leakbench.utility.session import UtilityReport
+
+R = TypeVar("R")
 
 _RUN_OPTIONS = (
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
@@ -45,6 +48,15 @@ def _run_options(command: Callable[..., int]) -> Callable[..., int]:
 
 def _run(suite: str, out: Path | None, fresh: bool, keep: bool, **options: Any) -> Report | None:
     """Run a suite; None where the user stopped it."""
+    from leakbench.runner.session import run_suite
+
+    return _asked(run_suite, suite, out, fresh, keep, options)
+
+
+def _asked(
+    what: Callable[[Request], R], suite: str, out: Path | None, fresh: bool, keep: bool, options: dict[str, Any]
+) -> R | None:
+    """Do what the options ask for with a suite; None where the user stopped it."""
     if options.get("trials") is not None and options["trials"] < 1:
         raise UserError(f"--trials: expected at least 1, got {options['trials']}; try --trials 64")
     if options["workers"] is not None and options["workers"] < 1:
@@ -56,13 +68,13 @@ def _run(suite: str, out: Path | None, fresh: bool, keep: bool, **options: Any) 
     again = shlex.join(["leakbench", *sys.argv[1:]])
     other: Literal["fresh", "keep", "stop"] = "fresh" if fresh else "keep" if keep else "stop"
     try:
-        return session.run_suite(session.Request(suite=suite, out=out, other_code=other, command=again, **options))
+        return what(session.Request(suite=suite, out=out, other_code=other, command=again, **options))
     except KeyboardInterrupt:
         click.echo(session.interrupted(again), err=True)
         return None
 
 
-def _reported(report: Report | None, as_json: bool) -> int:
+def _reported(report: Report | UtilityReport | None, as_json: bool) -> int:
     """Print what a run did and return its exit code."""
     if report is None:
         return INTERRUPTED
@@ -117,6 +129,23 @@ def measure(suite: str, shard: str | None, as_json: bool, **options: Any) -> int
     from leakbench.runner.plan import parse_shard
 
     return _reported(_run(suite, shard=parse_shard(shard or "1/1"), measuring=True, **options), as_json)
+
+
+@cli.command()
+@click.argument("suite")
+@click.option("--defense", "defenses", multiple=True, metavar="EXPR", help="Instead of the suite's; repeatable.")
+@_run_options
+def utility(suite: str, out: Path | None, fresh: bool, keep: bool, as_json: bool, **options: Any) -> int:
+    """Train federations with the defenses of SUITE from scratch and say what each costs.
+
+    In accuracy, rounds, client time and upload. Every defense has the same rounds, seeds and learning rates to choose
+    from; the undefended client is always among them. A training that fails or diverges is of no use, and has a row.
+    The rows go to the folder utility of the output directory, beside those of attacks. Running the same command again
+    resumes it.
+    """
+    from leakbench.utility.session import run_utility
+
+    return _reported(_asked(run_utility, suite, out, fresh, keep, options), as_json)
 
 
 @cli.command()

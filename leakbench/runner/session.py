@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leakbench.errors import INTERRUPTED, Unavailable, UserError
 from leakbench.grids import Cell
@@ -23,6 +23,9 @@ from leakbench.runner.pool import OtherCode, Summary, has_failed, resume, run_jo
 from leakbench.runner.progress import make_display, shown_log
 from leakbench.suites import load_suite
 from leakbench.utility.attacked import kept_cells
+
+if TYPE_CHECKING:
+    from leakbench.runner.execute import Runner
 
 PLAN_FILE = "plan.json"
 """Name, in the output directory, of the last plan: what `status` counts the rows against."""
@@ -127,7 +130,7 @@ def run_suite(request: Request) -> Report:
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", request.device):
         raise UserError(f"--device {request.device}: expected cpu, cuda or cuda:N, e.g. --device cuda:0")
-    season = DEVELOPMENT if request.season_key is None else _season(request.season_key)
+    season = DEVELOPMENT if request.season_key is None else read_season(request.season_key)
     suite = load_suite(request.suite)
     if request.measuring:
         cells = suite.expand_measures(measures=request.measures, defenses=request.defenses, trials=request.trials)
@@ -149,7 +152,7 @@ def run_suite(request: Request) -> Report:
     prepare_out(store)
     mine = shard(jobs, *request.shard)
     state = resume(mine, store, code_sha256(), other_code=request.other_code, retry_failed=request.retry_failed)
-    _write_plan(store, jobs, season, request.command)
+    write_plan(store, jobs, season, request.command)
     whole = request.shard == (1, 1) and not state.skipped
     summary = _run(state.todo, out, request, season, whole=whole) if state.todo else Summary(0, [], {})
     return Report(
@@ -186,7 +189,7 @@ def _at_hand(jobs: Sequence[Job]) -> tuple[list[Job], Counter[str]]:
     return kept, missing
 
 
-def _season(path: Path) -> Season:
+def read_season(path: Path) -> Season:
     """Read a season key; its name becomes a directory and must not pass for the public season."""
     season = Season.from_file(path)
     if season.name == DEVELOPMENT.name or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", season.name):
@@ -198,20 +201,37 @@ def _season(path: Path) -> Season:
 
 
 def _run(jobs: Sequence[Job], out: Path, request: Request, season: Season, *, whole: bool) -> Summary:
+    """Run ``jobs`` as attacks or measures; see `run_planned`."""
+    from leakbench.runner.execute import Runner  # imports torch
+
+    if not request.measuring:
+        return run_planned(Runner, jobs, out, out, request, season, whole=whole)
+    from leakbench.runner.measure import MeasureRunner
+
+    return run_planned(MeasureRunner, jobs, out, out / MEASURES_FOLDER, request, season, whole=whole)
+
+
+def run_planned(
+    kind: type[Runner], jobs: Sequence[Job], out: Path, rows: Path, request: Request, season: Season, *, whole: bool
+) -> Summary:
     """Run ``jobs``; refuse where they are the whole plan and none of them can give a number.
 
     A shard may well hold nothing but rows of status ``unavailable``.
+
+    Args:
+        kind: What executes a job.
+        jobs: What to run.
+        out: Output directory.
+        rows: Where in there the rows go.
+        request: What was asked for.
+        season: Key of the draws.
+        whole: Whether ``jobs`` are all there are.
+
+    Raises:
+        UserError: None of them can give a number, or rows cannot be written.
     """
-    from leakbench.runner.execute import Runner  # imports torch
-
-    kind = Runner
-    if request.measuring:
-        from leakbench.runner.measure import MeasureRunner
-
-        kind = MeasureRunner
     workers = request.workers or (min(_cores(), 8) if request.device == "cpu" else 1)
     entries = {entry.source for job in jobs for entry in (job.attack, *job.defense) if entry.source is not None}
-    rows = out / MEASURES_FOLDER if request.measuring else out
     display = make_display(sys.stderr, len(jobs))
     runner = kind(
         out,
@@ -249,7 +269,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _write_plan(out: Path, jobs: Sequence[Job], season: Season, command: str) -> None:
+def write_plan(out: Path, jobs: Sequence[Job], season: Season, command: str) -> None:
+    """Note what is to be run, for `status_of`.
+
+    Raises:
+        UserError: The directory cannot be written.
+    """
     content = {"season": season.name, "command": command, "jobs": {job.id: job.label for job in jobs}}
     try:
         handle, name = tempfile.mkstemp(prefix=".plan.", suffix=".tmp", dir=out)
