@@ -116,11 +116,13 @@ class Exchange:
         if self.task.threat_model.bn_statistics in ("updated_running", "exact_batch") and self.weights.buffers:
             raise NotApplicable("a kept update comes without the BatchNorm statistics of its batches")
         update, state = self.shop.block(self.job).update, {**self.weights.parameters, **self.weights.buffers}
+        # What counts batches is nothing that a federation averages.
+        names = [name for name in self.names if name in update or state[name].is_floating_point()]
         with blaming("client"):
-            if any(name not in update or update[name].shape != state[name].shape for name in self.names):
+            if any(name not in update or update[name].shape != state[name].shape for name in names):
                 raise InvalidOutput("the kept update is not of its model's tensors")
-            _check_finite({name: update[name] for name in self.names}, self.weights.buffers)
-        return Blob.pack({name: update[name] for name in self.names})
+            _check_finite({name: update[name] for name in names}, self.weights.buffers)
+        return Blob.pack({name: update[name] for name in names})
 
     def _client_child(self) -> Child:
         """Start the client."""

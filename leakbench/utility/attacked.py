@@ -21,7 +21,8 @@ from leakbench.grids import Cell, KeptFile
 from leakbench.keys import Season
 from leakbench.parts import content_hash
 from leakbench.stage import IN_TRAINING
-from leakbench.tasks import Protocol, Task
+from leakbench.tasks import BatchSpec, Protocol, Task
+from leakbench.utility.spec import dirichlet_alpha
 
 WHERE = Path("utility", "kept")
 """Where in an output directory `leakbench utility` keeps updates; see `leakbench.utility.kept`."""
@@ -107,12 +108,19 @@ def _note(path: Path) -> dict[str, Any]:
 
 
 def _training(note: Mapping[str, Any]) -> Task:
-    """Return what the clients did, without the rate of the server's own step: it moves no gradient."""
+    """Return what the clients did, as tasks have it.
+
+    The rate of the server's own step is left out: it moves no gradient. What guessing is worth is told by the sampler
+    next to the partition: a client's labels are as skewed by ``dirichlet(alpha)`` of one as of the other.
+    """
     task: Task = note["task"]
-    if task.protocol.sends != "gradient":
-        return task
-    rate = Protocol.model_fields["lr"].default
-    return task.model_copy(update={"protocol": task.protocol.model_copy(update={"lr": rate})})
+    changed: dict[str, Any] = {}
+    if task.protocol.sends == "gradient":
+        rate = Protocol.model_fields["lr"].default
+        changed["protocol"] = task.protocol.model_copy(update={"lr": rate})
+    if (alpha := dirichlet_alpha(note["partition"])) is not None:
+        changed["batch"] = BatchSpec(size=task.batch.size, sampler="dirichlet", alpha=alpha)
+    return task.model_copy(update=changed)
 
 
 def _suits(cell: Cell) -> bool:

@@ -158,7 +158,7 @@ def trained(out, task, *, defense="none", chain=None, rounds=3, run=None, season
             client=0,
             head=model.head,
             model=model.tensors(),
-            update=update,
+            update={name: value for name, value in update.items() if value.is_floating_point()},
             indices=torch.tensor(rows),
             labels=labels,
             order=None if order is None else order[0],
@@ -316,6 +316,13 @@ def test_gradients_of_trainings_at_other_rates_are_trials_of_one_task(suite, tmp
     found = kept_cells(tmp_path, cells_of(suite), DEVELOPMENT).cells
     rates = {(c.task.protocol.sends, c.task.protocol.lr, c.trials) for c in found}
     assert rates == {("gradient", 0.1, 4), ("delta", 0.1, 2), ("delta", 0.5, 2)}
+
+
+def test_what_guessing_is_worth_follows_the_partition(suite, tmp_path):
+    for partition in ("iid", "dirichlet(0.1)"):
+        trained(tmp_path, MLP, run=partition[0], change=lambda kept, own=partition: replace(kept, partition=own))
+    found = {cell.task.batch: cell.trials for cell in kept_cells(tmp_path, cells_of(suite), DEVELOPMENT).cells}
+    assert found == {BatchSpec(size=1): 2, BatchSpec(size=1, sampler="dirichlet", alpha=0.1): 2}
 
 
 def cell_with(suite, **changes):
