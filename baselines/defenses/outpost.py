@@ -72,12 +72,10 @@ class Outpost(Defense):
         index = ctx.local_step + (ctx.round if self.rounds else 0)
         acts = ctx.random.at("coin").rand() < 1 / (1 + self.beta * index)
         fisher = {name: value.detach().square().mean(1, keepdim=True) for name, value in grads.items()}
-        averages = torch.cat([value.flatten(1) for value in fisher.values()], 1).sort(1).values
-        noisy = round(self.phi / 100 * averages.shape[1])
+        threshold = _percentile(torch.cat([value.flatten(1) for value in fisher.values()], 1), 100 - self.phi)
         sent = {}
         for name, value in grads.items():
-            greater = averages.shape[1] - torch.searchsorted(averages, fisher[name].flatten(1), right=True)
-            loud = (greater < noisy).view(fisher[name].shape)
+            loud = fisher[name] >= _like(threshold, value)
             std = self.noise_base * self._risk(ctx.model.parameters[name])
             noise = _like(std, value) * ctx.random.at("noise", name).randn(*value.shape[1:]).to(value)
             changed = self._pruned(value) + noise * loud
@@ -86,12 +84,8 @@ class Outpost(Defense):
 
     def _pruned(self, value: Tensor) -> Tensor:
         """Return (T, *shape) without the smallest entries of each trial."""
-        size = value.detach().abs().flatten(1)
-        least = size.to(torch.float64).quantile(self.prune_base / 100, dim=1) if size.shape[1] < 2**24 else None
-        if least is None:  # `quantile` takes no more entries
-            kth = max(1, int(self.prune_base / 100 * size.shape[1]))
-            least = size.kthvalue(kth, 1).values.double()
-        return value * (size.double() >= least[:, None]).view(value.shape)
+        size = value.detach().abs()
+        return value * (size >= _like(_percentile(size.flatten(1), self.prune_base), value))
 
     @staticmethod
     def _risk(weights: Tensor) -> Tensor:
@@ -128,3 +122,12 @@ class Outpost(Defense):
 
 def _like(values: Tensor, tensor: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (tensor.dim() - 1))
+
+
+def _percentile(values: Tensor, percentage: float) -> Tensor:
+    """Return the percentile (T,) of values (T, n), between two of them in proportion."""
+    ordered = values.sort(1).values
+    place = percentage / 100 * (values.shape[1] - 1)
+    below = int(place)
+    above = min(below + 1, values.shape[1] - 1)
+    return ordered[:, below] + (place - below) * (ordered[:, above] - ordered[:, below])
