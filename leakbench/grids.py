@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
+from leakbench.autoleak import CONTROL, ENSEMBLES, check_budget, is_meant, spelled_out
 from leakbench.entries import NO_DEFENSE, EntrySpec, chain_label, resolve_all
 from leakbench.errors import UserError
 from leakbench.measures.catalogue import DEFAULT, MEASURES, resolve_measure
@@ -52,7 +53,8 @@ class Grid(Part):
     attribute: Annotated[tuple[AttributeSpec, ...], axis("name")] = ()
     """With target ``attribute``, and no part of the product elsewhere: names, or mappings with name, value, mix."""
     attacks: Annotated[tuple[str, ...], axis()] = ()
-    """Attack expressions; may be empty where there are measures."""
+    """Attack expressions; may be empty where there are measures. ``autoleak`` stands for its members, which are run
+    against ``null_update`` as well."""
     measures: Annotated[tuple[str, ...], axis()] = ()
     """Measure expressions, for ``leakbench measure``."""
     defenses: Axis[str] = (NO_DEFENSE,)
@@ -77,8 +79,14 @@ class Grid(Part):
         return self
 
     def chosen(self, attacks: Sequence[str] | None) -> Sequence[str]:
-        """Return the attacks of this grid, or those given instead; none where the grid is for measures only."""
-        return attacks or self.attacks if self.attacks else ()
+        """Return the attacks of this grid, or those given instead; none where the grid is for measures only.
+
+        Members of AutoLeak stand in its place.
+
+        Raises:
+            UserError: It has none for the grid's targets.
+        """
+        return spelled_out(attacks or self.attacks, self.target) if self.attacks else ()
 
     def tasks(self) -> Iterator[Task]:
         """Yield the tasks of the grid."""
@@ -181,11 +189,15 @@ class Suite(Part):
         """
         if trials is not None and trials < 1:
             raise UserError(f"trials: expected at least 1, got {trials}; try --trials {self.trials}")
+        targets = {target for grid in self.grids if grid.attacks for target in grid.target}
+        ensembles = [any(map(is_meant, (attacks or grid.attacks) if grid.attacks else ())) for grid in self.grids]
+        if attacks:
+            attacks = spelled_out(attacks, sorted(targets))
         known = resolve_all(
             [("attack", text) for grid in self.grids for text in grid.chosen(attacks)]
             + [("defense", text) for grid in self.grids for text in (defenses or grid.defenses)]
+            + [("defense", CONTROL)] * any(ensembles)
         )
-        targets = {target for grid in self.grids if grid.attacks for target in grid.target}
         for text in attacks or ():
             recovers = known["attack", text][0].description.recovers
             if not targets & set(recovers):
@@ -199,6 +211,11 @@ class Suite(Part):
                 attack = known["attack", text][0]
                 if task.target in attack.description.recovers:
                     self._add(cells, grid, task, attack, known["defense", chain], trials)
+        for grid in (grid for grid, ensemble in zip(self.grids, ensembles, strict=True) if ensemble):
+            for task in (task for task in grid.tasks() if task.target in ENSEMBLES):
+                check_budget(task.target, self.budget.model_evaluations)
+                for text in ENSEMBLES[task.target].members:
+                    self._add(cells, grid, task, known["attack", text][0], known["defense", CONTROL], trials)
         return list(cells.values())
 
     def expand_measures(

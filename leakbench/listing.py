@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from leakbench import autoleak
 from leakbench.entries import chain_label, try_describe
 from leakbench.errors import UserError, unknown
 from leakbench.sources import Kind, find_source, sources
@@ -20,7 +21,8 @@ def list_items(kind: Listed) -> list[Item]:
     """Return one mapping per thing of ``kind``, each with ``name`` and ``summary``; ``error`` for a broken entry."""
     match kind:
         case "attacks" | "defenses":
-            return _entries("attack" if kind == "attacks" else "defense", None)
+            entries = _entries("attack" if kind == "attacks" else "defense", None)
+            return [*entries, autoleak.item()] if kind == "attacks" else entries
         case "datasets":
             from leakbench.data.catalogue import DATASETS
 
@@ -106,12 +108,13 @@ def suite_item(name: str) -> Item:
 def _names(kind: Listed) -> list[Item]:
     """Return the items of ``kind``; entries by name only, so that one lookup describes no other entry."""
     if kind in ("attacks", "defenses"):
-        return [{"name": name} for name in sources("attack" if kind == "attacks" else "defense")]
+        names = [{"name": name} for name in sources("attack" if kind == "attacks" else "defense")]
+        return [*names, autoleak.item()] if kind == "attacks" else names
     return list_items(kind)
 
 
 def _full(kind: Listed, name: str, item: Item) -> Item:
-    if kind in ("attacks", "defenses"):
+    if kind in ("attacks", "defenses") and name != autoleak.NAME:
         (item,) = _entries("attack" if kind == "attacks" else "defense", name)
         if "error" in item:
             raise UserError(item["error"])

@@ -1,0 +1,368 @@
+"""Defenses of a lane: privacy over its tasks against the accuracy it costs, strength by strength, and who leads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from leakbench.board.autoleak import autoleak, members, overlap
+from leakbench.board.cohorts import COHORT, with_cohorts
+from leakbench.board.columns import DEFENSE_KEYS, DEMONSTRATION_DATASETS
+from leakbench.board.defenses import TABLE_KEYS, Standing, ends, standings, standings_frame
+from leakbench.board.score import plain
+from leakbench.board.stats import MIN_PAIRS, RESAMPLES, resamples
+
+CLASSES = (1, 2, 5)
+"""Points of accuracy that a defense may cost."""
+
+WIDEST = 0.5
+"""Points that the interval of the drop may be wide in the class of one point."""
+
+COARSE = DEMONSTRATION_DATASETS | {"mnist"}
+"""Datasets on which one point tells nothing apart."""
+
+ENOUGH_STRENGTHS = 5
+"""Fewest strengths of a whole curve."""
+
+TRAINING_KEYS = ("dataset", "architecture", "partition", "seed")
+"""What pairs a defended training with an undefended one."""
+
+SETTING_COLUMNS = {
+    "defense_label": "defense with its notable parameters",
+    "role": "defense, none (nobody defends) or control (nothing is sent)",
+    "curve": "defense without its strength",
+    "strength": "swept parameters, more is stronger, JSON; null: none",
+    "tasks": "informative tasks on which it was attacked",
+    "of_tasks": "informative tasks of the table",
+    "dropped": "tasks left out: undefended, no attack gets far enough above the floor",
+    "privacy": "mean over these tasks of the privacy under the worst attack; over those in_training where that is less",
+    "privacy_low": "lower end of its 95% interval; numbers of trials are resampled, for all tasks and defenses alike",
+    "privacy_high": "upper end of its 95% interval",
+    "privacy_static": "the same under attacks that the defense does not name",
+    "worst_task": "task of least privacy",
+    "worst_task_privacy": "privacy there",
+    "worst_attack": "worst attack there",
+    "trials": "distinct numbers of trials",
+    "drop": "points of accuracy lost to the undefended training of the same seed, mean over trainings",
+    "drop_low": "lower end of its 95% interval, over seeds",
+    "drop_high": "upper end of its 95% interval",
+    "accuracy": "mean accuracy; a failed training counts as 0",
+    "utility": "accuracy as a share of the undefended, at most 1; a failed training counts as 0",
+    "trainings": "trainings behind it",
+    "failed_trainings": "those that failed",
+    "warnings": "reasons to doubt the privacy; null: none",
+    "unranked_because": "why it is listed without a rank; null: ranked",
+    "no_utility_because": "why its accuracy is not known; null: it is",
+}
+"""The columns that follow `TABLE_KEYS` and `DEFENSE_KEYS`."""
+
+RANKING_COLUMNS = {
+    "curve": "defense without its strength",
+    "settings": "strengths that were attacked and trained, and may be ranked",
+    **{
+        key: text
+        for points in CLASSES
+        for key, text in {
+            f"privacy_at_{points}": f"best privacy at no more than {points} points lost; null: no such setting",
+            f"low_at_{points}": "lower end of its 95% interval",
+            f"high_at_{points}": "upper end of its 95% interval",
+            f"setting_at_{points}": "the setting",
+            f"rank_at_{points}": "1 for the best and those that cannot be told from it, and so on",
+        }.items()
+    },
+    "hypervolume": "area below the points (utility, privacy) of its settings, from (0, 0)",
+    "hypervolume_low": "lower end of its 95% interval",
+    "hypervolume_high": "upper end of its 95% interval",
+    "partial": f"whether there are fewer than {ENOUGH_STRENGTHS} strengths",
+    "unranked_because": "why it has no rank; null: it has",
+}
+"""The columns that follow `TABLE_KEYS` and the keys of the defense."""
+
+CURVE_KEYS = ("defense", "defense_version", "defense_source_sha256")
+
+
+@dataclass
+class Setting:
+    """A defense at one strength on the tasks of a table.
+
+    Args:
+        keys: Values of `TABLE_KEYS` and `DEFENSE_KEYS`.
+        line: Values of `SETTING_COLUMNS`.
+        curve: What it shares with the same defense at other strengths.
+        strength: Swept parameters, more is stronger; None where there are none.
+        draws: (R,) privacy by resample; empty where there is none.
+        utility: (R,) utility by resample; empty where there is none.
+    """
+
+    keys: dict[str, Any]
+    line: dict[str, Any]
+    curve: tuple[Any, ...]
+    strength: tuple[float, ...] | None
+    draws: NDArray[np.float64]
+    utility: NDArray[np.float64]
+
+    @property
+    def table(self) -> tuple[Any, ...]:
+        """Values of `TABLE_KEYS`."""
+        return tuple(self.keys[key] for key in TABLE_KEYS)
+
+
+def settings(found: Sequence[Standing], utility: pd.DataFrame | None = None) -> list[Setting]:
+    """Return every defense of every table, a task counting as much as any other.
+
+    Args:
+        found: What `leakbench.board.defenses.standings` returns.
+        utility: Rows of federated trainings: `DEFENSE_KEYS`, `TRAINING_KEYS`, ``accuracy`` in [0, 1] and ``status``.
+    """
+    groups: dict[tuple[Any, ...], list[Standing]] = {}
+    for one in found:
+        groups.setdefault((one.table, one.defense), []).append(one)
+    informative = Counter(one.table for one in found if one.line["informative"] and one.line["role"] == "none")
+    all_tasks = Counter(one.table for one in found if one.line["role"] == "none")
+    costs = _Costs(utility)
+    return [
+        _setting(own, informative[table], all_tasks[table] - informative[table], costs)
+        for (table, _), own in groups.items()
+    ]
+
+
+def settings_frame(found: Sequence[Setting]) -> pd.DataFrame:
+    """Return settings as lines: `TABLE_KEYS`, `DEFENSE_KEYS` and `SETTING_COLUMNS`, by table, curve and strength."""
+    ordered = sorted(found, key=lambda one: (repr(one.table), repr(one.curve), one.strength or ()))
+    columns = [*TABLE_KEYS, *DEFENSE_KEYS, *SETTING_COLUMNS]
+    return pd.DataFrame([one.keys | one.line for one in ordered], columns=columns)
+
+
+def _setting(own: list[Standing], tasks: int, dropped: int, costs: _Costs) -> Setting:
+    """Return what the standings of one defense on a table's tasks come to."""
+    first = own[0]
+    counted = [one for one in own if one.line["informative"]]
+    scored = [one for one in counted if len(one.draws)]
+    keys = {key: first.keys[key] for key in (*TABLE_KEYS, *DEFENSE_KEYS)}
+    line: dict[str, Any] = dict.fromkeys(SETTING_COLUMNS) | {
+        **{key: first.line[key] for key in ("defense_label", "role", "curve", "strength")},
+        "tasks": len(scored),
+        "of_tasks": tasks,
+        "dropped": dropped,
+        **dict.fromkeys(("privacy", "privacy_low", "privacy_high", "privacy_static", "worst_task_privacy"), np.nan),
+    }
+    draws = np.empty(0)
+    if scored:
+        # What it sent in training is no task among others: who behaves there only when attacked is worth what is there.
+        kinds = [[one for one in scored if one.in_training is kind] for kind in {one.in_training for one in scored}]
+        draws = np.min([np.mean([one.draws for one in kind], axis=0) for kind in kinds], axis=0)
+        worst = min(scored, key=lambda one: (one.line["privacy"], one.keys["task"]))
+        trials = {trial for one in scored for trial in one.paired["privacy"].index}
+        line |= {
+            # NaN where it is unknown on some task
+            **{name: _least(kinds, name) for name in ("privacy", "privacy_static")},
+            "worst_task": worst.keys["task"],
+            "worst_task_privacy": worst.line["privacy"],
+            "worst_attack": worst.line["worst_attack"],
+            "trials": len(trials),
+        }
+        if len(trials) > 1:
+            line["privacy_low"], line["privacy_high"] = ends(draws)
+    if line["role"] == "defense":
+        line["warnings"] = _joined(own, "warnings")
+        # On a task that tells nothing nobody is asked to have been run.
+        problems = [_joined(counted, "unranked_because")]
+        problems += [f"run on {len(scored)} of {tasks} informative tasks"] * (len(scored) < tasks)
+        problems += ["no informative task"] * (tasks == 0)
+        line["unranked_because"] = "; ".join(filter(None, problems)) or None
+    cost, shares = costs.of(keys)
+    return Setting(keys, line | cost, first.curve, first.strength, draws, shares)
+
+
+def _least(kinds: Sequence[Sequence[Standing]], column: str) -> float:
+    """Return the mean over tasks, of the kind where it is least."""
+    return float(np.min([np.mean([one.line[column] for one in kind]) for kind in kinds]))
+
+
+def _joined(own: Sequence[Standing], column: str) -> str | None:
+    texts = [text for one in own for text in (one.line[column] or "").split("; ") if text]
+    return "; ".join(dict.fromkeys(texts)) or None
+
+
+class _Costs:
+    """What every defense costs in accuracy, by defense and dataset."""
+
+    def __init__(self, utility: pd.DataFrame | None) -> None:
+        self._drops: dict[tuple[Any, ...], pd.DataFrame] = {}
+        self._plain: dict[Any, set[tuple[Any, ...]]] = {}
+        if utility is None or utility.empty:
+            return
+        # A training that failed is of no use at all, not of as much as guessing.
+        useful = utility["accuracy"].where(utility["status"] == "ok").fillna(0.0)
+        trained = utility.assign(accuracy=useful.astype(float))
+        undefended = trained[(trained["defense"] == "none") & (trained["status"] == "ok")]
+        twins = undefended.groupby(list(TRAINING_KEYS))["accuracy"].mean().rename("undefended")
+        for key in twins.index:
+            self._plain.setdefault(key[0], set()).add(tuple(key))
+        paired = trained.join(twins, on=list(TRAINING_KEYS), how="inner")
+        for keys, part in paired.groupby([*DEFENSE_KEYS, "dataset"], dropna=False):
+            self._drops[tuple(map(plain, keys))] = part
+
+    def of(self, keys: Mapping[str, Any]) -> tuple[dict[str, Any], NDArray[np.float64]]:
+        """Return the columns of a setting, and its utility by resample of the seeds."""
+        nothing = dict.fromkeys(("drop", "drop_low", "drop_high", "accuracy", "utility"), np.nan)
+        if keys["defense"] == COHORT:
+            whole = {"drop": 0.0, "drop_low": 0.0, "drop_high": 0.0, "utility": 1.0}
+            return nothing | whole, np.ones(RESAMPLES)
+        part = self._drops.get((*(plain(keys[key]) for key in DEFENSE_KEYS), keys["dataset"]))
+        if part is None:
+            return {**nothing, "no_utility_because": "no federated training with it on this dataset"}, np.empty(0)
+        done = set(part[list(TRAINING_KEYS)].itertuples(index=False, name=None))
+        missing = len(self._plain[keys["dataset"]] - done)
+        if missing:
+            text = f"{missing} of {missing + len(done)} federated trainings with it are missing"
+            return {**nothing, "no_utility_because": text}, np.empty(0)
+        means = part.groupby("seed")[["accuracy", "undefended"]].mean()
+        drawn = np.concatenate(list(resamples(len(means), "utility", keys["dataset"]))) / len(means)
+        accuracy, level = drawn @ means["accuracy"].to_numpy(), drawn @ means["undefended"].to_numpy()
+        mean = means.mean()
+        line = {
+            "drop": 100 * (mean["undefended"] - mean["accuracy"]),
+            "accuracy": mean["accuracy"],
+            "utility": float(_share(mean["accuracy"], mean["undefended"])),
+            "trainings": len(part),
+            "failed_trainings": int((part["status"] != "ok").sum()),
+        }
+        if len(means) > 1:
+            line["drop_low"], line["drop_high"] = ends(100 * (level - accuracy))
+        return {**nothing, **line}, _share(accuracy, level)
+
+
+def _share(accuracy: Any, undefended: Any) -> NDArray[np.float64]:
+    share: NDArray[np.float64] = np.clip(np.asarray(accuracy) / np.maximum(undefended, 1e-12), 0, 1)
+    return share
+
+
+# --- ranking ----------------------------------------------------------------------------------------------------------
+
+
+def ranking(found: Sequence[Setting]) -> pd.DataFrame:
+    """Return one line per table and curve: `TABLE_KEYS`, `CURVE_KEYS` and `RANKING_COLUMNS`, best at two points first.
+
+    Args:
+        found: What `settings` returns.
+    """
+    tables: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Setting]]] = {}
+    for one in found:
+        if one.line["role"] == "defense":
+            tables.setdefault(one.table, {}).setdefault(one.curve, []).append(one)
+    lines = [line for table in sorted(tables, key=repr) for line in _table(tables[table])]
+    return pd.DataFrame(lines, columns=[*TABLE_KEYS, *CURVE_KEYS, *RANKING_COLUMNS])
+
+
+def _table(curves: Mapping[tuple[Any, ...], list[Setting]]) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    best: list[dict[int, Setting | None]] = []
+    for own in curves.values():
+        usable = [one for one in own if one.line["unranked_because"] is None and one.line["no_utility_because"] is None]
+        usable = [one for one in usable if len(one.draws)]
+        reasons = [one.line["unranked_because"] or one.line["no_utility_because"] or "" for one in own]
+        line: dict[str, Any] = {key: own[0].keys[key] for key in (*TABLE_KEYS, *CURVE_KEYS)}
+        line |= {"curve": own[0].line["curve"], "settings": len(usable), "partial": len(usable) < ENOUGH_STRENGTHS}
+        line["unranked_because"] = None if usable else "; ".join(dict.fromkeys(filter(None, reasons)))
+        chosen = {points: _best(usable, points) for points in CLASSES}
+        for points, one in chosen.items():
+            line |= {f"privacy_at_{points}": np.nan, f"rank_at_{points}": np.nan, f"setting_at_{points}": None}
+            if one is not None:
+                line[f"setting_at_{points}"] = one.line["defense_label"]
+                for name, key in (("privacy", "privacy"), ("low", "privacy_low"), ("high", "privacy_high")):
+                    line[f"{name}_at_{points}"] = one.line[key]
+        if usable:
+            draws = np.array([one.draws for one in usable]).T
+            shares = np.array([one.utility for one in usable]).T
+            volumes = hypervolume(shares, draws)
+            points_of = np.array([[one.line["utility"], one.line["privacy"]] for one in usable]).T
+            line["hypervolume"] = float(hypervolume(*points_of))
+            line["hypervolume_low"], line["hypervolume_high"] = ends(volumes)
+        lines.append(line)
+        best.append(chosen)
+    for points in CLASSES:
+        entrants = [(i, one) for i, chosen in enumerate(best) if (one := chosen[points]) is not None]
+        entrants.sort(key=lambda entrant: (-entrant[1].line["privacy"], entrant[1].line["defense_label"]))
+        for (i, _), rank in zip(entrants, _groups([one for _, one in entrants]), strict=True):
+            lines[i][f"rank_at_{points}"] = rank
+
+    def order(line: Mapping[str, Any]) -> tuple[Any, ...]:
+        values = [line["privacy_at_2"], line["privacy_at_5"], line.get("hypervolume", np.nan)]
+        return (*(np.inf if pd.isna(value) else -value for value in values), line["curve"], line["defense"])
+
+    return sorted(lines, key=order)
+
+
+def _best(usable: Sequence[Setting], points: int) -> Setting | None:
+    """Return the setting of best privacy that loses no more than some points of accuracy."""
+    allowed = [one for one in usable if one.line["drop"] <= points]
+    if points == min(CLASSES):
+        allowed = [one for one in allowed if one.line["drop_high"] - one.line["drop_low"] < WIDEST]
+        allowed = [one for one in allowed if one.keys["dataset"] not in COARSE]
+    return max(allowed, key=lambda one: (one.line["privacy"], -one.line["drop"]), default=None)
+
+
+def _groups(entrants: Sequence[Setting]) -> list[int]:
+    """Return rank groups, best first: who can be told from the leader of a group opens the next one and leads it."""
+    groups: list[int] = []
+    leader = 0
+    for i, one in enumerate(entrants):
+        if i and _separable(entrants[leader], one):
+            leader = i
+        groups.append((groups[-1] + (leader == i)) if groups else 1)
+    return groups
+
+
+def _separable(a: Setting, b: Setting) -> bool:
+    if min(a.line["trials"], b.line["trials"]) < MIN_PAIRS:
+        return False
+    low, high = ends(a.draws - b.draws)
+    return low > 0 or high < 0
+
+
+def hypervolume(utility: NDArray[np.float64], privacy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the area of the union of the rectangles from (0, 0) to each point, without a hull.
+
+    Args:
+        utility: (..., n) in [0, 1].
+        privacy: (..., n) in [0, 1].
+    """
+    order = np.argsort(-utility, axis=-1, kind="stable")
+    across = np.take_along_axis(utility, order, -1)
+    height = np.maximum.accumulate(np.take_along_axis(privacy, order, -1), axis=-1)
+    steps = across - np.concatenate([across[..., 1:], np.zeros_like(across[..., :1])], axis=-1)
+    area: NDArray[np.float64] = (steps * height).sum(-1)
+    return area
+
+
+def board(
+    rows: pd.DataFrame, utility: pd.DataFrame | None = None, recovers: Mapping[str, Collection[str]] | None = None
+) -> dict[str, pd.DataFrame]:
+    """Return the tables of the board of defenses by name, from rows of attacks and of federated trainings.
+
+    Args:
+        rows: Result rows as `leakbench.results.load_rows` gives them.
+        utility: See `settings`.
+        recovers: See `leakbench.board.defenses.defenses`.
+
+    Returns:
+        ``ranking``, ``settings``, ``tasks``, and ``autoleak``, ``members`` and ``overlap``, see
+        `leakbench.board.autoleak`.
+    """
+    found = standings(with_cohorts(rows), recovers)
+    own = settings(found, utility)
+    return {
+        "ranking": ranking(own),
+        "settings": settings_frame(own),
+        "tasks": standings_frame(found),
+        "autoleak": autoleak(rows),
+        "members": members(rows),
+        "overlap": overlap(rows),
+    }
