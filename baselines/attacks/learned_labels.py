@@ -101,8 +101,8 @@ class LearnedLabels(Attack):
                     sent[name] = sent.get(name, 0) + weight * value.detach()
                 counts = counts + F.one_hot(labels[picks], knowledge.num_classes).double().sum(1)
             models = knowledge.trials
-            vectors.append(self._vectors(knowledge, sent).unflatten(0, (models, rows)))
-            shares.append((counts / sum(sizes)).unflatten(0, (models, rows)))
+            vectors.append(self._vectors(knowledge, sent).view(models, rows, -1))
+            shares.append((counts / sum(sizes)).view(models, rows, -1))
             knowledge.progress(first + rows, wanted)
         return torch.cat(vectors, 1), torch.cat(shares, 1)
 
