@@ -149,15 +149,34 @@ def utility(suite: str, out: Path | None, fresh: bool, keep: bool, as_json: bool
 
 
 @cli.command()
-@click.argument("paper")
+@click.argument("paper", metavar="PAPER|ROW_ID")
 @click.option("--quick", is_flag=True, help="Only the cells, and as many trials, as the reference file calls quick.")
+@click.option(
+    "--rows",
+    "folders",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Of a row: where it is; repeatable. [default: runs and results]",
+)
+@click.option("--entry", "entries", multiple=True, metavar="FILE:CLASS", help="Of a row: an entry run from a file.")
 @_run_options
-def reproduce(paper: str, quick: bool, as_json: bool, **options: Any) -> int:
+def reproduce(
+    paper: str, quick: bool, folders: tuple[Path, ...], entries: tuple[str, ...], as_json: bool, **options: Any
+) -> int:
     """Run the suite of PAPER (breaking_sa, dlm, ilrg, llg, localization) and print its figures or claims beside ours.
+
+    With a ROW_ID (the hexadecimal job id of a row, and :TRIAL for one trial; see `leakbench rows`), run exactly that
+    job again and print the differences with their tolerance; exits with 1 where one is greater.
 
     Also writes the table to the directory of the rows. Running the same command again resumes it, and rows of
     `leakbench run PAPER` (and `leakbench measure PAPER`) in that directory count.
     """
+    from leakbench.submitting.rerun import is_row_id
+
+    if is_row_id(paper):
+        from leakbench.cli.submitting import reproduce_row
+
+        return reproduce_row(paper, folders, entries, as_json, options)
     from leakbench import reproduce as reproduction
     from leakbench.board.reproduction import print_claims, print_table, to_json
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -53,3 +54,114 @@ def check(file: str, isolation: str, strict: bool, as_json: bool) -> int:
     else:
         click.echo(f"failed; correct what is said above and type again: leakbench check {file}")
     return 0 if passed else 1
+
+
+@cli.command()
+@click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--entry", "entries", multiple=True, metavar="FILE:CLASS", help="An entry that was run from a file.")
+@click.option("--signers", type=click.Path(path_type=Path), help="Allowed signers, as ssh-keygen has them.")
+@click.option("--seal", is_flag=True, help="Write SHA256SUMS over each of RESULTS where nothing is refused.")
+@click.option("--strict", is_flag=True, help="Refuse notes, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def verify(
+    results: tuple[Path, ...],
+    entries: tuple[str, ...],
+    signers: Path | None,
+    seal: bool,
+    strict: bool,
+    as_json: bool,
+) -> int:
+    """Check the rows under RESULTS: schema, versions, hashes, duplicates, seal and signature.
+
+    Exits with 1 where a row is refused. A number itself is compared with checksums only; whether it is right is what
+    `leakbench reproduce ROW_ID` shows.
+    """
+    from leakbench.submitting.seal import write_seal
+    from leakbench.submitting.verify import content, summary, verify
+
+    found = verify(results, entries=entries, signers=signers, seals=not seal)
+    bad = bool(found.problems or (strict and found.notes))
+    if as_json:
+        print_json(content(found))
+    else:
+        click.echo("\n".join(summary(found)))
+    if seal and not bad:
+        for folder in results:
+            click.echo(write_seal(folder), err=as_json)
+    return 1 if bad else 0
+
+
+def reproduce_row(
+    row_id: str, folders: tuple[Path, ...], entries: tuple[str, ...], as_json: bool, options: Mapping[str, Any]
+) -> int:
+    """Run one row's job again; the part of `leakbench reproduce` that takes a row id."""
+    from leakbench.keys import DEVELOPMENT, Season
+    from leakbench.submitting.rerun import rerun, text
+
+    key = options["season_key"]
+    found = rerun(
+        row_id,
+        folders or tuple(folder for folder in (Path("runs"), Path("results")) if folder.is_dir()),
+        entries=entries,
+        season=DEVELOPMENT if key is None else Season.from_file(key),
+        isolation=options["isolation"],
+        device=options["device"],
+    )
+    if as_json:
+        print_json(found.content())
+    else:
+        click.echo("\n".join(text(found)))
+    return 0 if found.agrees else 1
+
+
+@cli.command()
+@click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--attack", metavar="A", help="Only this attack.")
+@click.option("--defense", metavar="D", help="Only this defense; none for none.")
+@click.option("--task", metavar="T", help="Only tasks with this in their id.")
+def rows(results: tuple[Path, ...], attack: str | None, defense: str | None, task: str | None) -> None:
+    """List the rows under RESULTS by the id that `leakbench reproduce` takes, with the metric that boards rank by."""
+    from leakbench.metrics import headline
+    from leakbench.results import load_rows
+
+    table = load_rows(results)
+    for column, wanted in (("attack", attack), ("defense", defense)):
+        if wanted is not None:
+            table = table[table[column] == wanted]
+    if task is not None:
+        table = table[table["task"].str.contains(task, regex=False)]
+    for row in table.sort_values(["task", "defense_label", "attack_label", "trial"]).to_dict("records"):
+        spec = headline(row["target"])
+        number = f"{spec.name} {row[spec.name]:.4g}" if row["status"] == "ok" else row["status"]
+        click.echo(
+            f"{row['job_id'][:16]}:{row['trial']}  {row['task']} / {row['attack_label']} / {row['defense_label']}  {number}"
+        )
+
+
+@cli.command()
+@click.argument("base")
+@click.argument("head")
+@click.option("--actor", default="", help="Login of who opened the pull request, from the event.")
+@click.option("--place", is_flag=True, help="Write the one entry file of HEAD into this checkout of BASE.")
+@click.option("--github-output", type=click.Path(path_type=Path), help="Append kind, entry and name for later steps.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def guard(base: str, head: str, actor: str, place: bool, github_output: Path | None, as_json: bool) -> int:
+    """Say what the change from commit BASE to HEAD is: a submission, rows, or a change of leakbench itself.
+
+    A submission adds or changes one entry file and its test data, and nothing else. Rows come from the scoring identity
+    (.github/scorers.txt of BASE) and come alone. Exits with 1 where a change is neither that nor leaves rows alone.
+    Nothing of HEAD is run or checked out.
+    """
+    from leakbench.submitting.guard import guard, place_entry
+
+    found = guard(Path.cwd(), base, head, actor=actor)
+    if as_json:
+        print_json(found.content())
+    else:
+        click.echo("\n".join(found.lines()))
+    if github_output is not None:
+        with github_output.open("a", encoding="utf-8") as file:
+            file.write(f"kind={found.kind}\nentry={found.entry or ''}\nname={found.name or ''}\n")
+    if place and not found.problems:
+        click.echo(place_entry(Path.cwd(), found), err=as_json)
+    return 1 if found.problems else 0

@@ -60,13 +60,13 @@ def needs_suffice(cls: type[Attack]) -> None:
         except NotApplicable:
             continue
         except NotGranted as error:
-            raise Broken(f"{name}: {error}; add it to needs, or do without where it is not granted") from None
+            raise Broken(f"{name}, with nothing but needs: {error}") from None
 
 
 def needs_are_needed(cls: type[Attack]) -> None:
     """Without any one of `needs` it cannot run; a need too many costs rows."""
     granted = cls.needs | {"labels"}  # without labels, some need what their label attack needs
-    suitable = [block.granting(granted) for _, block in _accepted(cls) if accepts(cls, block.granting(granted))]
+    suitable = [block.granting(granted) for _, block in _accepted(cls) if _runs(cls, block.granting(granted))]
     for need in sorted(cls.needs - PUBLIC_FACTS):
         if suitable and all(_runs(cls, block.granting(granted - {need})) for block in suitable):
             raise Broken(f"{need!r} is never read; take it out of needs, so that the attack runs where it is withheld")

@@ -45,7 +45,9 @@ class {cls}(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Return counts (T, 1, C): T trials, the batch as a whole, C classes."""
-        pull = (-observation.head_weight.sum(2)).clamp(min=0)  # (T, C)
+        # A gradient, or the change of weights against it, of unknown scale where the learning rate is withheld.
+        rows = observation.difference(observation.update)[f"{{observation.model.head}}.weight"]  # (T, C, features)
+        pull = (-rows.sum(2)).clamp(min=0)  # (T, C)
         pull = pull / pull.amax(1, keepdim=True).clamp(min=torch.finfo(pull.dtype).tiny)
         shares = pull**self.sharpness
         total = shares.sum(1, keepdim=True)
