@@ -17,6 +17,7 @@ from leakbench.board.columns import DEFENSE_KEYS, DEMONSTRATION_DATASETS
 from leakbench.board.defenses import TABLE_KEYS, Standing, ends, standings, standings_frame
 from leakbench.board.score import plain
 from leakbench.board.stats import MIN_PAIRS, RESAMPLES, resamples
+from leakbench.utility.summary import SETTING, interval
 
 CLASSES = (1, 2, 5)
 """Points of accuracy that a defense may cost."""
@@ -29,9 +30,6 @@ COARSE = DEMONSTRATION_DATASETS | {"mnist"}
 
 ENOUGH_STRENGTHS = 5
 """Fewest strengths of a whole curve."""
-
-TRAINING_KEYS = ("dataset", "architecture", "partition", "seed")
-"""What pairs a defended training with an undefended one."""
 
 SETTING_COLUMNS = {
     "defense_label": "defense with its notable parameters",
@@ -50,10 +48,10 @@ SETTING_COLUMNS = {
     "worst_attack": "worst attack there",
     "trials": "distinct numbers of trials",
     "drop": "points of accuracy lost to the undefended training of the same seed, mean over trainings",
-    "drop_low": "lower end of its 95% interval, over seeds",
+    "drop_low": "lower end of its 95% t-interval over seeds",
     "drop_high": "upper end of its 95% interval",
-    "accuracy": "mean accuracy; a failed training counts as 0",
-    "utility": "accuracy as a share of the undefended, at most 1; a failed training counts as 0",
+    "accuracy": "mean accuracy on the test split; of a failed training the chance level",
+    "utility": "share of the undefended accuracy above chance that is left, in [0, 1]; 0 of a failed training",
     "trainings": "trainings behind it",
     "failed_trainings": "those that failed",
     "warnings": "reasons to doubt the privacy; null: none",
@@ -118,7 +116,7 @@ def settings(found: Sequence[Standing], utility: pd.DataFrame | None = None) -> 
 
     Args:
         found: What `leakbench.board.defenses.standings` returns.
-        utility: Rows of federated trainings: `DEFENSE_KEYS`, `TRAINING_KEYS`, ``accuracy`` in [0, 1] and ``status``.
+        utility: Federated trainings as `leakbench.results.load_utility` returns them.
     """
     groups: dict[tuple[Any, ...], list[Standing]] = {}
     for one in found:
@@ -194,54 +192,37 @@ class _Costs:
     """What every defense costs in accuracy, by defense and dataset."""
 
     def __init__(self, utility: pd.DataFrame | None) -> None:
-        self._drops: dict[tuple[Any, ...], pd.DataFrame] = {}
-        self._plain: dict[Any, set[tuple[Any, ...]]] = {}
+        self._own: dict[tuple[Any, ...], pd.DataFrame] = {}
+        self._undefended: dict[Any, set[tuple[Any, ...]]] = {}
         if utility is None or utility.empty:
             return
-        # A training that failed is of no use at all, not of as much as guessing.
-        useful = utility["accuracy"].where(utility["status"] == "ok").fillna(0.0)
-        trained = utility.assign(accuracy=useful.astype(float))
-        undefended = trained[(trained["defense"] == "none") & (trained["status"] == "ok")]
-        twins = undefended.groupby(list(TRAINING_KEYS))["accuracy"].mean().rename("undefended")
-        for key in twins.index:
-            self._plain.setdefault(key[0], set()).add(tuple(key))
-        paired = trained.join(twins, on=list(TRAINING_KEYS), how="inner")
-        for keys, part in paired.groupby([*DEFENSE_KEYS, "dataset"], dropna=False):
-            self._drops[tuple(map(plain, keys))] = part
+        # Without an undefended twin, or without the data, a training tells nothing of the defense.
+        trained = utility[utility["drop"].notna() & utility["utility"].notna()]
+        same = [key for key in (*SETTING, "seed") if key in trained]
+        trained = trained.assign(_training=trained[same].astype(str).agg(repr, axis=1) if len(trained) else "")
+        for keys, part in trained.groupby([*DEFENSE_KEYS, "dataset"], dropna=False):
+            self._own[tuple(map(plain, keys))] = part
+            if keys[0] == "none":
+                self._undefended[keys[-1]] = set(part["_training"])
 
     def of(self, keys: Mapping[str, Any]) -> tuple[dict[str, Any], NDArray[np.float64]]:
         """Return the columns of a setting, and its utility by resample of the seeds."""
-        nothing = dict.fromkeys(("drop", "drop_low", "drop_high", "accuracy", "utility"), np.nan)
-        if keys["defense"] == COHORT:
-            whole = {"drop": 0.0, "drop_low": 0.0, "drop_high": 0.0, "utility": 1.0}
-            return nothing | whole, np.ones(RESAMPLES)
-        part = self._drops.get((*(plain(keys[key]) for key in DEFENSE_KEYS), keys["dataset"]))
+        line: dict[str, Any] = dict.fromkeys(("drop", "drop_low", "drop_high", "accuracy", "utility"), np.nan)
+        if keys["defense"] == COHORT:  # the sum is exact: the model that it trains is the same
+            return line | {"drop": 0.0, "drop_low": 0.0, "drop_high": 0.0, "utility": 1.0}, np.ones(RESAMPLES)
+        part = self._own.get((*(plain(keys[key]) for key in DEFENSE_KEYS), keys["dataset"]))
         if part is None:
-            return {**nothing, "no_utility_because": "no federated training with it on this dataset"}, np.empty(0)
-        done = set(part[list(TRAINING_KEYS)].itertuples(index=False, name=None))
-        missing = len(self._plain[keys["dataset"]] - done)
+            return line | {"no_utility_because": "no federated training with it on this dataset"}, np.empty(0)
+        missing = len(self._undefended.get(keys["dataset"], set()) - set(part["_training"]))
         if missing:
-            text = f"{missing} of {missing + len(done)} federated trainings with it are missing"
-            return {**nothing, "no_utility_because": text}, np.empty(0)
-        means = part.groupby("seed")[["accuracy", "undefended"]].mean()
+            text = f"{missing} of {missing + len(part)} federated trainings with it are missing"
+            return line | {"no_utility_because": text}, np.empty(0)
+        means = part.groupby("seed")[["drop", "utility", "accuracy"]].mean().astype(float)
         drawn = np.concatenate(list(resamples(len(means), "utility", keys["dataset"]))) / len(means)
-        accuracy, level = drawn @ means["accuracy"].to_numpy(), drawn @ means["undefended"].to_numpy()
-        mean = means.mean()
-        line = {
-            "drop": 100 * (mean["undefended"] - mean["accuracy"]),
-            "accuracy": mean["accuracy"],
-            "utility": float(_share(mean["accuracy"], mean["undefended"])),
-            "trainings": len(part),
-            "failed_trainings": int((part["status"] != "ok").sum()),
-        }
-        if len(means) > 1:
-            line["drop_low"], line["drop_high"] = ends(100 * (level - accuracy))
-        return {**nothing, **line}, _share(accuracy, level)
-
-
-def _share(accuracy: Any, undefended: Any) -> NDArray[np.float64]:
-    share: NDArray[np.float64] = np.clip(np.asarray(accuracy) / np.maximum(undefended, 1e-12), 0, 1)
-    return share
+        line |= means.mean().to_dict()
+        line |= {"trainings": len(part), "failed_trainings": int((part["status"] != "ok").sum())}
+        line["drop_low"], line["drop_high"] = interval(means["drop"].to_list())
+        return line, drawn @ means["utility"].to_numpy()
 
 
 # --- ranking ----------------------------------------------------------------------------------------------------------

@@ -56,12 +56,12 @@ PANELS = (
 """What is drawn where there are such rows, from top to bottom."""
 
 _KINDS = {"proxy": "proxy", "lower_bound": "lower bound", "proved_bound": "proved bound"}
-# Okabe and Ito's, the yellow left out for want of contrast to white; markers and dashes say the same without color.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#777777")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_DASHES: Any = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 2)), (0, (1, 1)))
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#777777")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: Any = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 2)), (0, (1, 1)))
+"""Of lines: Okabe and Ito's colors without the yellow, which is too pale; markers and dashes say the same."""
 _LONGEST, _LETTERS = 24, 42  # letters of a layer's name, and of a line of a legend
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "leakbench",  # the same picture is the same file
     "font.family": "DejaVu Sans",
@@ -69,6 +69,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+"""Of every picture."""
 
 
 def chosen(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -115,7 +116,7 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     widths = [max(3.4, 0.24 * count + 1) for count in counts]
     rows = max(len(_series(lines[lines["net"] == net])) for net in nets)
     heights = [*[1.9] * len(panels), 0.2 * rows + 0.5]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(sum(widths) + 0.6, sum(heights) + 2), layout="constrained")
         grid = figure.subplots(
             len(heights), len(nets), squeeze=False, sharex="col", width_ratios=widths, height_ratios=heights
@@ -166,9 +167,9 @@ def _panel(axes: Axes, part: pd.DataFrame, panel: Panel, series: Sequence[str]) 
         if panel.share:
             whole = value.clip(min=0).sum()
             value, low, high = (ends.clip(min=0) / whole if whole > 0 else ends * 0 for ends in (value, low, high))
-        style: Any = {"color": _COLORS[number], "linestyle": _DASHES[number], "marker": _MARKERS[number]}
+        style: Any = {"color": COLORS[number], "linestyle": DASHES[number], "marker": MARKERS[number]}
         axes.plot(depth, value, markersize=4, linewidth=1.2, **style)
-        axes.fill_between(depth, low, high, color=_COLORS[number], alpha=0.15, linewidth=0)
+        axes.fill_between(depth, low, high, color=COLORS[number], alpha=0.15, linewidth=0)
     if panel.neutral is None:
         axes.set_ylim(bottom=0)  # a share
     if part.empty:
@@ -180,7 +181,7 @@ def _legend(axes: Axes, series: Sequence[str], own: pd.DataFrame) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=_COLORS[i], linestyle=_DASHES[i], marker=_MARKERS[i], markersize=4, linewidth=1.2)
+        Line2D([], [], color=COLORS[i], linestyle=DASHES[i], marker=MARKERS[i], markersize=4, linewidth=1.2)
         for i in range(len(series))
     ]
     tasks = textwrap.fill(pattern(own).removeprefix(f"{own['net'].iloc[0]}-"), _LETTERS)
@@ -198,16 +199,27 @@ def render(tables: dict[str, pd.DataFrame], form: str) -> bytes:
         tables: What `leakbench.board.measures.tables` returns.
         form: ``svg`` or ``png``.
     """
+    return saved(draw(tables), form, "Layer profile of leakage", describe(tables))
+
+
+def saved(figure: Figure, form: str, title: str, text: str) -> bytes:
+    """Return a picture as a file: the same one gives the same bytes.
+
+    Args:
+        figure: The picture.
+        form: ``svg`` or ``png``.
+        title: For those who do not see it.
+        text: What it shows in words.
+    """
     import matplotlib as mpl
 
-    figure = draw(tables)
     buffer = io.BytesIO()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         if form == "png":
             figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
             return buffer.getvalue()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _described(_numbered(buffer.getvalue().decode()), describe(tables)).encode()
+    return _described(_numbered(buffer.getvalue().decode()), title, text).encode()
 
 
 def _numbered(svg: str) -> str:
@@ -228,10 +240,10 @@ def describe(tables: dict[str, pd.DataFrame]) -> str:
     )
 
 
-def _described(svg: str, text: str) -> str:
+def _described(svg: str, title: str, text: str) -> str:
     """Put title and description in front, where screen readers look for them."""
     start = svg.index("<svg")
     end = svg.index(">", start)
-    head = '<title id="title">Layer profile of leakage</title>'
+    head = f'<title id="title">{escape(title)}</title>'
     names = ' role="img" aria-labelledby="title description"'
     return f'{svg[:end]}{names}>\n {head}\n <desc id="description">{escape(text)}</desc>{svg[end + 1 :]}'

@@ -39,20 +39,44 @@ def status(out: Path, as_json: bool) -> None:
 @click.option("--csv", "form", flag_value="csv", help="Every column of every cell as CSV.")
 @click.option("--lanes", "only_lanes", is_flag=True, help="Only the lanes: each attack's mean over their tasks.")
 @click.option("--measures", is_flag=True, help="What was measured without or beside attacks, layer by layer.")
-@click.option("--table", metavar="T", help="Of measures: lower_bound, proxy, proved_bound, correlations or missing.")
+@click.option("--defenses", is_flag=True, help="What defenses leave of the leakage, at what accuracy; and AutoLeak.")
+@click.option(
+    "--table",
+    metavar="T",
+    help="Of measures: lower_bound, proxy, proved_bound, correlations or missing; of defenses: ranking, settings, "
+    "tasks, autoleak, members or overlap.",
+)
 @click.option(
     "--profile",
     type=click.Path(path_type=Path),
     help="SVG or PNG file for a picture of measures along the layers. [default beside printed tables: OUT/profile.svg]",
 )
+@click.option("--pareto", type=click.Path(path_type=Path), help="SVG or PNG file for a picture of defenses.")
 def board(
-    out: tuple[Path, ...], form: str | None, only_lanes: bool, measures: bool, table: str | None, profile: Path | None
+    out: tuple[Path, ...],
+    form: str | None,
+    only_lanes: bool,
+    measures: bool,
+    defenses: bool,
+    table: str | None,
+    profile: Path | None,
+    pareto: Path | None,
 ) -> int:
     """Print the board of the rows in OUT, or in several of them: lanes, then each cell's mean, interval and chance.
 
     With --measures, what `leakbench measure` found: lower bounds, proxies and proved bounds in tables of their own, and
     whether proxies tell how well attacks do. Exits with 1 where an attack exceeds a proved bound.
+
+    With --defenses, how private each defense is under the worst attack, beside the accuracy that it costs where
+    `leakbench utility` trained with it, and what AutoLeak found.
     """
+    if defenses or pareto is not None:
+        if only_lanes or measures or profile is not None:
+            raise UserError("--defenses: expected the board of defenses, got another board too; leave one out")
+        from leakbench.board.defense_view import show as show_defenses
+
+        show_defenses(out, form, table, pareto)
+        return 0
     if measures or table is not None or profile is not None:
         if only_lanes:
             raise UserError("--lanes: expected the board of attacks, got measures too; leave one out")
