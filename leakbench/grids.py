@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -54,7 +54,7 @@ class Grid(Part):
     """With target ``attribute``, and no part of the product elsewhere: names, or mappings with name, value, mix."""
     attacks: Annotated[tuple[str, ...], axis()] = ()
     """Attack expressions; may be empty where there are measures. ``autoleak`` stands for its members, which are run
-    against ``null_update`` as well."""
+    against ``null_update`` as well, and brings along the attacks that each defense has to face."""
     measures: Annotated[tuple[str, ...], axis()] = ()
     """Measure expressions, for ``leakbench measure``."""
     defenses: Axis[str] = (NO_DEFENSE,)
@@ -212,10 +212,15 @@ class Suite(Part):
                 if task.target in attack.description.recovers:
                     self._add(cells, grid, task, attack, known["defense", chain], trials)
         for grid in (grid for grid, ensemble in zip(self.grids, ensembles, strict=True) if ensemble):
+            chains = [known["defense", chain] for chain in defenses or grid.defenses]
+            named = _adaptive(chains, {known["attack", text][0].name for text in grid.chosen(attacks)})
             for task in (task for task in grid.tasks() if task.target in ENSEMBLES):
                 check_budget(task.target, self.budget.model_evaluations)
                 for text in ENSEMBLES[task.target].members:
                     self._add(cells, grid, task, known["attack", text][0], known["defense", CONTROL], trials)
+                for special, parts in named:
+                    if task.target in special.description.recovers:
+                        self._add(cells, grid, task, special, parts, trials)
         return list(cells.values())
 
     def expand_measures(
@@ -273,3 +278,17 @@ class Suite(Part):
         same = f"{task.hash} {entries} {cell.model_draws}"
         if same not in cells or cells[same].trials < count:
             cells[same] = cell
+
+
+def _adaptive(
+    chains: Sequence[tuple[EntrySpec, ...]], run: Collection[str]
+) -> list[tuple[EntrySpec, tuple[EntrySpec, ...]]]:
+    """Return the attacks that defenses have to face, each with the chain that names it, without those that ``run``."""
+    pairs = [
+        (name, chain)
+        for chain in chains
+        for name in dict.fromkeys(name for part in chain for name in part.description.adaptive)
+        if name not in run
+    ]
+    known = resolve_all([("attack", name) for name, _ in pairs])
+    return [(known["attack", name][0], chain) for name, chain in pairs]
