@@ -213,9 +213,9 @@ class DefenseChain:
         return DefenseChain([kept for part in self.parts if not _idle(part) and (kept := part.inside()) is not None])
 
     @property
-    def has_likelihood(self) -> bool:
-        """Whether some part that changes something declares a density or a surrogate."""
-        return bool(self._scoring)
+    def scored_by(self) -> str | None:
+        """What `log_likelihood` is: ``density`` or ``surrogate``; None where no part that acts declares either."""
+        return self.parts[self._scoring[-1]].likelihood if self._scoring else None
 
     @property
     def _scoring(self) -> list[int]:

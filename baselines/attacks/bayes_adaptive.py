@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from leakbench import Knowledge, NotGranted, UserError, register
 from leakbench.inversion import (
     Adam,
@@ -32,11 +34,14 @@ class BayesAdaptive(InversionAttack):
 
     A re-implementation: the paper tunes steps, learning rate and weights of its priors for every defense, where one set
     serves all here. Likelihoods count per entry of the update, so that the prior's weight means the same on all nets.
-    Step size and schedule are those of Inverting Gradients.
+    Step size and schedule are those of Inverting Gradients. So is the prior's weight where a defense declares a score
+    of its own making; beside a log-density the prior is a log-density too, of Laplace differences between neighbours.
 
     Args:
         steps: Iterations; fewer where the suite's budget of gradient evaluations ends earlier.
-        tv: Weight of the total variation.
+        tv: Weight of the total variation beside a cosine or a surrogate.
+        smoothness: The same beside a log-density: minus its logarithm for each unit of absolute difference between
+            neighbouring pixels.
         lr: Learning rate of Adam.
         restarts: Random initialisations.
         samples: Draws of a random defense that a step averages.
@@ -51,6 +56,7 @@ class BayesAdaptive(InversionAttack):
         *,
         steps: int = 4800,
         tv: float = 1e-4,
+        smoothness: float = 0.5,
         lr: float = 0.1,
         restarts: int = 1,
         samples: int = 1,
@@ -60,11 +66,12 @@ class BayesAdaptive(InversionAttack):
             raise UserError(f"bayes_adaptive: samples: expected at least 1, got {samples}; write samples=1")
         self.steps = steps
         self.tv = tv
+        self.smoothness = smoothness
         self.lr = lr
         self.restarts = restarts
         self.samples = samples
         self.labels = labels
-        self.inversion = self._with(OneStep(), Cosine())
+        self.inversion = self._with(OneStep(), Cosine(), tv)
 
     def fitted(self, knowledge: Knowledge) -> Inversion:
         """Return the inversion that knows the defense, or the plain one where there is none to know."""
@@ -77,12 +84,18 @@ class BayesAdaptive(InversionAttack):
         if not known or knowledge.clients > 1:
             return self.inversion
         draws = any(part.draws for part in knowledge.defense.inside.parts)
-        return self._with(Defended(samples=self.samples if draws else 1), Likelihood())
+        weight = self.tv
+        if knowledge.defense.scored_by == "density":
+            parameters = knowledge.model.parameters
+            entries = sum(value[0].numel() for name, value in parameters.items() if name not in knowledge.withheld)
+            # The prior of a mean over pixels, beside a mean over entries of the update.
+            weight = self.smoothness * knowledge.total_inputs * math.prod(knowledge.input_spec.shape) / max(1, entries)
+        return self._with(Defended(samples=self.samples if draws else 1), Likelihood(), weight)
 
-    def _with(self, source: OneStep | Defended, objective: Cosine | Likelihood) -> Inversion:
+    def _with(self, source: OneStep | Defended, objective: Cosine | Likelihood, weight: float) -> Inversion:
         return Inversion(
             objective=objective,
-            priors=(TotalVariation(weight=self.tv),),
+            priors=(TotalVariation(weight=weight),),
             optimiser=Adam(lr=self.lr, sign="hard", schedule="steps"),
             steps=self.steps,
             restarts=self.restarts,

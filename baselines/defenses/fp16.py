@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from leakbench_baselines.defenses.clip_l2 import nearness
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, UserError, register
 
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def box_fit(sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], half: Mapping[str, Tensor]) -> Tensor:
+    """Return how far ``clean`` is outside of ``sent`` -+ ``half``, in units of ``half``, summed and negative, (T,).
+
+    All values inside are as likely, as after rounding; outside the slope is finite, so that candidates find inside.
+    """
+    each = []
+    for name, value in sent.items():
+        width = torch.where(half[name] > 0, half[name], torch.finfo(value.dtype).tiny)
+        away = (clean[name] - value).abs() / width
+        each.append(-(away - 1).clamp(min=0).flatten(1).sum(1))
+    return torch.stack(each).sum(0)
 
 
 @register("fp16", version=1)
@@ -49,11 +61,8 @@ class FP16(Defense):
         return {name: value.clamp(-most, most).to(form).to(value.dtype) for name, value in update.items()}
 
     def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:  # noqa: ARG002
-        """Return a surrogate (T,): `nearness` of ``clean`` to the values that are rounded to what was sent."""
+        """Return a surrogate (T,): `box_fit` to the values that are rounded to what was sent."""
         form = torch.finfo(FORMATS[self.form])
-        excess = {}
-        for name, value in sent.items():
-            half = (value.abs() * form.eps).clamp(min=form.smallest_normal * form.eps) / 2
-            excess[name] = ((clean[name].clamp(form.min, form.max) - value).abs() - half).clamp(min=0)
-        score: Tensor = nearness(sent, excess)
-        return score
+        least = form.smallest_normal * form.eps
+        half = {name: (value.abs() * form.eps).clamp(min=least) / 2 for name, value in sent.items()}
+        return box_fit(sent, {name: clean[name].clamp(form.min, form.max) for name in sent}, half)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from leakbench_baselines.defenses.clip_l2 import nearness
+from leakbench_baselines.defenses.fp16 import box_fit
 from torch import Tensor
 
 from leakbench import Defense, DefenseContext, register
@@ -39,12 +39,9 @@ class Int8(Defense):
         return {name: _rounded(value) for name, value in update.items()}
 
     def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:  # noqa: ARG002
-        """Return a surrogate (T,): `nearness` of ``clean`` to the values that are rounded to what was sent."""
-        excess = {}
-        for name, value in sent.items():
-            half = _greatest(value) / LEVELS / 2
-            excess[name] = ((clean[name] - value).abs() - half).clamp(min=0)
-        score: Tensor = nearness(sent, excess)
+        """Return a surrogate (T,): `box_fit` to the values that are rounded to what was sent."""
+        half = {name: (_greatest(value) / LEVELS / 2).expand_as(value) for name, value in sent.items()}
+        score: Tensor = box_fit(sent, clean, half)
         return score
 
 

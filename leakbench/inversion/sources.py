@@ -200,7 +200,7 @@ class Defended(Unrolled):
         entries = sum(value[0].numel() for value in sent.values())
         scores = []
         for _ in range(self.samples):
-            if seen.defense.has_likelihood:
+            if seen.defense.scored_by is not None:
                 order = self.order(rows)
                 scores.append(seen.log_likelihood(sent, inputs, labels, order=order, model=rows.model) / entries)
             else:
