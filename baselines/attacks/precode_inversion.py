@@ -27,15 +27,15 @@ class PrecodeInversion(InversionAttack):
     and eps = (z - mu) / sigma. What is left is the inversion of a deterministic net.
 
     For more, the noise eps of every example is optimised along with the inputs. The gradients of the bottleneck and of
-    what follows may then be left out of the comparison (``layers="before"``), as Balunović et al. do, who keep the
-    noise out of their attack's sight that way; what is before still depends on it by back-propagation.
+    what follows may then be left out of the comparison (``layers="before"``), as Scheliga et al. do, since these depend
+    on the noise most; what is before depends on it by back-propagation.
 
     Sees: gradients of all layers, weights, number of inputs; labels where granted; the defense's ``beta`` where
     granted, else its default. An update of several local steps is matched by one gradient.
 
     Without a bottleneck it is ``inverting_gradients``.
 
-    A re-implementation: of Balunović et al. the idea alone was at hand; reading off the noise is done here.
+    A re-implementation: of Scheliga et al. the summary alone was at hand; reading off the noise is done here.
 
     Args:
         steps: Iterations; fewer where the suite's budget of gradient evaluations ends earlier.
@@ -46,8 +46,8 @@ class PrecodeInversion(InversionAttack):
         noise: ``read`` where it can be, else ``searched``; or always ``searched``.
         layers: ``all`` or ``before`` the bottleneck: what is compared where noise is searched.
 
-    Reference: Balunović, Dimitrov, Staab, Vechev, "Bayesian Framework for Gradient Leakage", ICLR 2022,
-    arXiv 2111.04706
+    Reference: Scheliga, Mäder, Seeland, "Combining Variational Modeling with Partial Gradient Perturbation to Prevent
+    Deep Gradient Leakage", 2022, arXiv 2208.04767
     """
 
     def __init__(
