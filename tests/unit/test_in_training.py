@@ -15,7 +15,7 @@ import yaml
 from leakbench.board.curves import board
 from leakbench.data import load_dataset
 from leakbench.entries import resolve
-from leakbench.errors import UserError
+from leakbench.errors import InvalidOutput, UserError
 from leakbench.federation.client import Client, ClientState
 from leakbench.federation.inputs import to_inputs
 from leakbench.grids import KeptFile
@@ -24,6 +24,7 @@ from leakbench.models.functional import build_model
 from leakbench.randomness import TrialRandom
 from leakbench.results import load_rows
 from leakbench.runner import session
+from leakbench.runner.exchange import _check_finite as check_finite
 from leakbench.runner.plan import plan
 from leakbench.stage import IN_TRAINING, SGDStage, stage_order
 from leakbench.suites import load_suite
@@ -282,6 +283,17 @@ def test_an_update_that_is_not_finite_is_the_clients_failure(rows):
     found = of(rows, MLP.model_copy(update={"normalise": False}))
     assert set(found.status) == {"invalid"}
     assert found.error.str.match("client: the update's .* is not finite").all()
+
+
+def test_only_a_buffer_that_counts_is_sent_as_whole_numbers():
+    count, mean = torch.tensor([3]), torch.zeros(1, 2)
+    buffers = {"norm.num_batches_tracked": count, "norm.running_mean": mean}
+    check_finite({"norm.num_batches_tracked": count, "norm.running_mean": mean, "weight": mean}, buffers)
+    for name in ("weight", "norm.running_mean"):
+        with pytest.raises(InvalidOutput, match=f"the update's '{name}' is not finite"):
+            check_finite({name: count}, buffers)
+    with pytest.raises(InvalidOutput, match="is not finite"):
+        check_finite({"norm.num_batches_tracked": torch.tensor([np.nan])}, buffers)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
