@@ -18,7 +18,7 @@ import warnings
 from typing import TYPE_CHECKING, Literal
 
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.special import log_ndtr, ndtr, ndtri
 
 from leakbench.errors import UserError
 
@@ -73,34 +73,32 @@ def epsilon(
         return float(counted.get_epsilon(delta))
 
 
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the least epsilon of a mu-GDP mechanism at ``delta``, exactly (Balle, Wang 2018; Dong, Roth, Su 2019).
+def gdp_delta(mu: float, epsilon: float) -> float:
+    """Return the least delta of mu-GDP at epsilon (Dong, Roth, Su 2019, arXiv 1905.02383, corollary 2.13)."""
+    if mu == 0:
+        return 0.0
+    return float(ndtr(mu / 2 - epsilon / mu) - math.exp(min(epsilon + log_ndtr(-mu / 2 - epsilon / mu), 700.0)))
 
-    Solves delta = Phi(-epsilon / mu + mu / 2) - exp(epsilon) Phi(-epsilon / mu - mu / 2); arXiv 1805.06530, 1905.02383.
+
+def gdp_epsilon(mu: float, delta: float) -> float:
+    """Return the least epsilon, at least 0, of mu-GDP at delta, exactly; inf where mu is.
 
     Args:
-        mu: Sensitivity over standard deviation, at least 0; inf without noise.
+        mu: Sensitivity over standard deviation, at least 0.
         delta: Probability that the promise fails.
 
     Raises:
-        UserError: A number is out of its range.
+        UserError: Mu is negative, or ``delta`` is 0, where there is no epsilon, or no probability.
     """
     if not mu >= 0:
         raise UserError(f"mu: expected at least 0, got {mu}; write 1.0")
     _check_delta(delta)
     if mu == math.inf:
         return math.inf
-
-    def excess(eps: float) -> float:
-        # exp(eps) Phi(-x) as one exponential: the factors overflow and vanish.
-        return float(norm.cdf(-eps / mu + mu / 2) - math.exp(eps + norm.logcdf(-eps / mu - mu / 2)) - delta)
-
-    if mu == 0 or excess(0.0) <= 0:
+    if gdp_delta(mu, 0.0) <= delta:
         return 0.0
-    most = 1.0
-    while excess(most) > 0:
-        most *= 2
-    return float(brentq(excess, 0.0, most, xtol=1e-12, rtol=1e-12))
+    most = mu * mu / 2 + mu * float(-ndtri(delta))  # there the first term of delta alone is that small
+    return float(brentq(lambda epsilon: gdp_delta(mu, epsilon) - delta, 0.0, most + 1e-9, xtol=1e-12))
 
 
 def chain_mu(chain: DefenseChain, protocol: Protocol, batch_size: int, *, layers: int | None = None) -> float | None:
@@ -144,9 +142,9 @@ def chain_epsilon(
     """
     mu = chain_mu(chain, protocol, batch_size, layers=layers)
     _check_delta(delta)
-    return None if mu is None else gaussian_epsilon(mu, delta)
+    return None if mu is None else gdp_epsilon(mu, delta)
 
 
 def _check_delta(delta: float) -> None:
     if not 0 < delta < 1:
-        raise UserError(f"delta: expected more than 0 and less than 1, got {delta}; write 1e-5")
+        raise UserError(f"delta: expected a probability in (0, 1), got {delta}; write delta=1e-5")

@@ -26,6 +26,7 @@ NUMBER_MOVING = (
     "defense.py",
     "facts.py",
     "mechanism.py",
+    "accounting.py",
     "knowledge.py",
     "observation.py",
     "inversion/*.py",

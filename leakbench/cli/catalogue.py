@@ -107,9 +107,9 @@ def lock(suite: str, definition_only: bool) -> None:
 def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: Any) -> None:
     """Print the epsilon of DP-SGD: as usually told, and of an example that is in every step's batch."""
     from leakbench.accounting import epsilon as sampled
-    from leakbench.accounting import gaussian_epsilon
+    from leakbench.accounting import gdp_epsilon
 
     usual = sampled(noise_multiplier, sample_rate, steps, delta, accountant)
     mu = 2 * steps**0.5 / noise_multiplier if noise_multiplier else float("inf")
     click.echo(f"{usual:.4g}  one example added or removed, Poisson sampling, {accountant} accountant")
-    click.echo(f"{gaussian_epsilon(mu, delta):.4g}  one example replaced, in every step's batch: dp_sgd's clients here")
+    click.echo(f"{gdp_epsilon(mu, delta):.4g}  one example replaced, in every step's batch: dp_sgd's clients here")

@@ -12,13 +12,13 @@ from scipy.special import ndtri
 from scipy.stats import beta, binom
 from torch import Tensor
 
+from leakbench.accounting import gdp_epsilon
 from leakbench.errors import NotApplicable
 from leakbench.federation.client import Client
 from leakbench.federation.gradients import per_example_gradients
 from leakbench.federation.inputs import normalised
 from leakbench.measures.fitted import mean_with_interval
 from leakbench.measures.noise import promised
-from leakbench.measures.robustness import gdp_epsilon
 from leakbench.measures.subject import ALL, Profile, Subject
 
 _MOST = 60.0
@@ -140,7 +140,7 @@ def coins_and_scores(subject: Subject, auxiliary: Subject) -> tuple[Tensor, Tens
     shown = included.view(*included.shape, *(1,) * (images.dim() - 2))
     update = subject.update(torch.where(shown, subject.images, images), torch.where(included, subject.labels, labels))
     sent = torch.cat(list(subject.by_layer(update).values()), 1).detach().double()
-    mechanism = promised(subject.cohort)
+    mechanism = promised(subject.cohort, len(subject.layers))
     variance = 0.0 if mechanism is None else mechanism.std**2
     scores = []
     # Trials take turns: gradients of all examples of all trials at once would not fit.
@@ -163,17 +163,17 @@ def _contributions(one: Subject) -> Tensor:
     flat = torch.cat(list(gradients.values()), 1).double()
     total, first, parts = sum(one.cohort.weights), 0, []
     for client, size, weight in zip(one.cohort.clients, one.cohort.sizes, one.cohort.weights, strict=True):
-        parts.append(weight / total * _clipped(flat[first : first + size], client))
+        parts.append(weight / total * _clipped(flat[first : first + size], client, len(one.layers)))
         first += size
     return torch.cat(parts)
 
 
-def _clipped(gradients: Tensor, client: Client) -> Tensor:
+def _clipped(gradients: Tensor, client: Client, layers: int) -> Tensor:
     """Return the gradients (N, P) of a client's examples, in units of what it sends and as short as it promises."""
     protocol = client.protocol
     factor = protocol.local_steps / protocol.local_batches * (1.0 if protocol.sends == "gradient" else protocol.lr)
     sent: Tensor = gradients * (factor / (client.batch_size if protocol.reduction == "mean" else 1))
-    mechanism = client.defense.mechanism(protocol, client.batch_size)
+    mechanism = client.defense.mechanism(protocol, client.batch_size, layers=layers)
     if mechanism is None or not math.isfinite(mechanism.example):
         return sent
     bound = mechanism.example / 2

@@ -174,7 +174,7 @@ def ledoit_wolf_precision(images: Tensor) -> float:
 
 
 def _precision(subject: Subject) -> float:
-    return subject.cohort.protocol.rounds / noisy(subject.cohort).std ** 2
+    return subject.cohort.protocol.rounds / noisy(subject.cohort, len(subject.layers)).std ** 2
 
 
 def _whole_energy(jacobian: Jacobian, probes: int) -> dict[str, Tensor]:

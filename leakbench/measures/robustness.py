@@ -7,9 +7,9 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.special import log_ndtr, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 
+from leakbench.accounting import gdp_epsilon
 from leakbench.errors import NotApplicable, UserError
 from leakbench.measures.noise import noisy
 from leakbench.measures.subject import ALL, Profile, Subject
@@ -35,7 +35,7 @@ def robustness(subject: Subject, *, kappa: float = 0.1, delta: float = 1e-5) -> 
     Raises:
         NotApplicable: The defense declares no noise, or bounds nothing.
     """
-    mechanism = noisy(subject.cohort)
+    mechanism = noisy(subject.cohort, len(subject.layers))
     if not math.isfinite(mechanism.update):
         raise NotApplicable("the noise has no bound beside it; clip as well: dp_sgd or clip_l2+gaussian_noise")
     rounds = math.sqrt(subject.cohort.protocol.rounds)
@@ -129,27 +129,6 @@ def f_dp_accuracy(mu: float) -> float:
     Kaissis, Hayes, Ziller, Rueckert 2023 (arXiv 2307.03928) and Dong, Roth, Su 2019 (arXiv 1905.02383).
     """
     return float(ndtr(mu / 2))
-
-
-def gdp_delta(mu: float, epsilon: float) -> float:
-    """Return the least delta of mu-GDP at epsilon (Dong, Roth, Su 2019, arXiv 1905.02383, corollary 2.13)."""
-    if mu == 0:
-        return 0.0
-    return float(ndtr(mu / 2 - epsilon / mu) - math.exp(min(epsilon + log_ndtr(-mu / 2 - epsilon / mu), 700.0)))
-
-
-def gdp_epsilon(mu: float, delta: float) -> float:
-    """Return the least epsilon, at least 0, of mu-GDP at delta.
-
-    Raises:
-        UserError: ``delta`` is 0, where there is none, or no probability.
-    """
-    if not 0 < delta < 1:
-        raise UserError(f"delta: expected a probability in (0, 1), got {delta}; write delta=1e-5")
-    if gdp_delta(mu, 0.0) <= delta:
-        return 0.0
-    most = mu * mu / 2 + mu * float(-ndtri(delta))  # there the first term of delta alone is that small
-    return float(brentq(lambda epsilon: gdp_delta(mu, epsilon) - delta, 0.0, most + 1e-9, xtol=1e-12))
 
 
 def _check(kappa: float) -> None:

@@ -18,7 +18,7 @@ from opacus.accountants import create_accountant
 from scipy.stats import norm
 
 from leakbench import UserError
-from leakbench.accounting import chain_epsilon, chain_mu, epsilon, gaussian_epsilon
+from leakbench.accounting import chain_epsilon, chain_mu, epsilon, gdp_epsilon
 from leakbench.defense import DefenseChain
 from leakbench.tasks import Protocol
 
@@ -39,15 +39,15 @@ def test_epsilon_is_that_of_opacus_stepped_as_its_engine_does(accountant, noise,
 @pytest.mark.parametrize(("noise", "steps"), [(1.0, 1), (4.0, 50), (10.0, 1000)])
 def test_without_sampling_the_numerical_accountant_meets_the_closed_form(noise, steps):
     # n Gaussian mechanisms of mu = 1 / z compose to one of sqrt(n) / z exactly; PRV's error is at most .01.
-    exact = gaussian_epsilon(steps**0.5 / noise, DELTA)
+    exact = gdp_epsilon(steps**0.5 / noise, DELTA)
     assert exact <= epsilon(noise, 1.0, steps, DELTA) <= exact + 0.02
     assert epsilon(noise, 1.0, steps, DELTA, "rdp") > exact
 
 
 @pytest.mark.parametrize(("mu", "delta"), [(0.1, 1e-5), (1.0, 1e-5), (1.0, 0.1), (6.0, 1e-8), (40.0, 1e-5)])
-def test_gaussian_epsilon_is_where_the_best_test_gains_delta(mu, delta):
+def test_gdp_epsilon_is_where_the_best_test_gains_delta(mu, delta):
     # Of N(0, 1) and N(mu, 1) the most powerful event at epsilon is x > c with likelihood ratio exp(epsilon).
-    eps = gaussian_epsilon(mu, delta)
+    eps = gdp_epsilon(mu, delta)
     cut = eps / mu + mu / 2
     power, level = norm.sf(cut - mu), math.exp(eps + norm.logsf(cut))
     assert power - level == pytest.approx(delta, rel=1e-6)
@@ -55,12 +55,12 @@ def test_gaussian_epsilon_is_where_the_best_test_gains_delta(mu, delta):
     assert (norm.sf(points - mu) - math.exp(min(eps, 700)) * norm.sf(points)).max() <= delta * (1 + 1e-6) or eps > 700
 
 
-def test_gaussian_epsilon_at_the_ends():
-    assert gaussian_epsilon(0.0, DELTA) == 0
-    assert gaussian_epsilon(math.inf, DELTA) == math.inf
+def test_gdp_epsilon_at_the_ends():
+    assert gdp_epsilon(0.0, DELTA) == 0
+    assert gdp_epsilon(math.inf, DELTA) == math.inf
     total_variation = 2 * norm.cdf(0.25) - 1
-    assert gaussian_epsilon(0.5, total_variation * 1.001) == 0
-    assert gaussian_epsilon(0.5, total_variation * 0.999) > 0
+    assert gdp_epsilon(0.5, total_variation * 1.001) == 0
+    assert gdp_epsilon(0.5, total_variation * 0.999) > 0
 
 
 def test_no_noise_promises_nothing_and_no_step_everything():
@@ -143,11 +143,11 @@ def test_numbers_out_of_range_are_named(arguments, named):
     with pytest.raises(UserError, match=named):
         epsilon(*arguments)
     with pytest.raises(UserError, match="mu"):
-        gaussian_epsilon(-1, DELTA)
+        gdp_epsilon(-1, DELTA)
 
 
 def test_the_module_imports_no_torch():
-    code = "import sys, leakbench.accounting as a; a.gaussian_epsilon(1, .1); print('torch' in sys.modules)"
+    code = "import sys, leakbench.accounting as a; a.gdp_epsilon(1, .1); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -14,6 +14,7 @@ from measure_subjects import subject as plain_subject
 from scipy.stats import binomtest, norm
 
 from leakbench import NotApplicable
+from leakbench.accounting import gdp_delta
 from leakbench.measures.audit import (
     coins_and_scores,
     empirical_epsilon,
@@ -21,7 +22,7 @@ from leakbench.measures.audit import (
     multi_run_epsilon,
     one_run_epsilon,
 )
-from leakbench.measures.robustness import f_dp_accuracy, gdp_delta, robustness
+from leakbench.measures.robustness import f_dp_accuracy, robustness
 from leakbench.models.functional import build_model
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Architecture, Protocol

@@ -18,13 +18,12 @@ from scipy.stats import norm
 from sklearn.datasets import load_digits
 
 from leakbench import NotApplicable, UserError
+from leakbench.accounting import gdp_delta, gdp_epsilon
 from leakbench.defense import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.measures.robustness import (
     f_dp_accuracy,
     gaussian_gamma,
-    gdp_delta,
-    gdp_epsilon,
     poisson_gamma,
     robustness,
     sampled_gamma,
