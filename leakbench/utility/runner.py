@@ -169,7 +169,9 @@ class _Training:
         self.weights = weights
         self.clients = len(drawn.shares.clients)
         sizes = torch.tensor(drawn.shares.sizes)
-        self.server = Server(dict(weights.parameters), dict(weights.buffers), job.task.protocol, sizes)
+        precision = getattr(torch, job.task.protocol.precision)
+        own = {name: value.to(precision) for name, value in weights.parameters.items()}
+        self.server = Server(own, dict(weights.buffers), job.task.protocol, sizes)
         self.labels = torch.tensor(drawn.data.labels[drawn.judged])
         self.wanted = 8 * self.clients * weights.numel([*weights.parameters, *weights.buffers]) + SLACK_BYTES
 
