@@ -133,9 +133,8 @@ def rows(results: tuple[Path, ...], attack: str | None, defense: str | None, tas
     for row in table.sort_values(["task", "defense_label", "attack_label", "trial"]).to_dict("records"):
         spec = headline(row["target"])
         number = f"{spec.name} {row[spec.name]:.4g}" if row["status"] == "ok" else row["status"]
-        click.echo(
-            f"{row['job_id'][:16]}:{row['trial']}  {row['task']} / {row['attack_label']} / {row['defense_label']}  {number}"
-        )
+        cell = f"{row['task']} / {row['attack_label']} / {row['defense_label']}"
+        click.echo(f"{row['job_id'][:16]}:{row['trial']}  {cell}  {number}")
 
 
 @cli.command()
@@ -165,3 +164,34 @@ def guard(base: str, head: str, actor: str, place: bool, github_output: Path | N
     if place and not found.problems:
         click.echo(place_entry(Path.cwd(), found), err=as_json)
     return 1 if found.problems else 0
+
+
+@cli.command()
+@click.argument("file")
+@click.option("--suite", required=True, help="Suite by name, or a YAML file.")
+@click.option("--trials", type=click.IntRange(min=1), help="Instead of the suite's number of trials.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Rows of the baselines; repeatable. [default: they are run now]",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the rows. [default: runs/SUITE-with-NAME]")
+@click.option("--isolation", type=click.Choice(["auto", "process", "bwrap"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), help="Jobs at a time.")
+@click.option("--only-available", is_flag=True, help="Leave out the jobs whose data is not at hand.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def evaluate(file: str, suite: str, as_json: bool, **options: Any) -> int:
+    """Run the entry in FILE on a suite and say where it would rank among the baselines.
+
+    Its rows are claimed, not official. Exits with 1 where one of its jobs failed.
+    """
+    from leakbench.submitting.evaluate import evaluate_file, text
+
+    found = evaluate_file(file, suite, **options)
+    if as_json:
+        print_json(found.content())
+    else:
+        click.echo("\n".join(text(found)))
+        click.echo(f"rows: {found.out}")
+    return 1 if found.failed else 0

@@ -99,8 +99,8 @@ def guard(repository: Path, base: str, head: str, *, actor: str = "") -> Guarded
         found.kind = "rows"
         if actor not in _scorers(repository, first):
             found.problems.append(
-                f"{rows[0]}: rows are written by the scoring identity only, not by {actor or 'an unnamed actor'}; leave "
-                "results/ as it is, the project runs your entry itself"
+                f"{rows[0]}: rows are written by the scoring identity only, not by {actor or 'an unnamed actor'}; "
+                "leave results/ as it is, the project runs your entry itself"
             )
         if others := [path for path in paths if path not in rows]:
             found.problems.append(f"{others[0]}: rows come in a change of their own")

@@ -1,0 +1,124 @@
+"""How far a row has come on the way from a claim to a fact: badges, computed from rows and files. No torch here.
+
+Nobody types a badge. ``claimed``, ``rerun`` and ``reproduced`` follow from where rows lie and what they hold;
+``confirmed`` and ``disputed`` from ``statements.yaml`` beside the rows, each with a link to where it was said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pandas as pd
+from pydantic import Field, ValidationError
+
+from leakbench.errors import UserError
+from leakbench.metrics import METRICS
+from leakbench.parts import Part
+from leakbench.submitting.rerun import ATOL, RTOL
+from leakbench.suites import read_yaml
+
+BADGES = {
+    "claimed": "measured by whoever submitted it, or with a public key, or not sealed: shown to its author only",
+    "rerun": "measured by the project: sealed, in a secret season, in bwrap or a container, from a clean checkout",
+    "confirmed": "rerun, and an author of the entry agrees that it is their method as they mean it",
+    "reproduced": "rerun, and measured again on another kind of machine, every number within its tolerance",
+    "disputed": "somebody showed a reason to doubt it, and that is not settled; stands beside the others",
+}
+"""What each badge means."""
+
+STATEMENTS = "statements.yaml"
+ISOLATED = ("bwrap", "container")
+_ROW = ("job_id", "trial")
+_KINDS = Literal["attack", "defense"]
+
+
+class Statement(Part):
+    """What somebody said of an entry, and where."""
+
+    kind: _KINDS
+    """``attack`` or ``defense``."""
+    name: str
+    """Registered name."""
+    version: Annotated[int, Field(ge=1)]
+    """Version it is about; a later one starts anew."""
+    by: str
+    """Who."""
+    link: Annotated[str, Field(pattern=r"^https://\S+$")]
+    """Where it can be read."""
+    settled: bool = False
+    """Of a dispute: whether it is over."""
+
+
+class Statements(Part):
+    """Everything that was said."""
+
+    confirmed: list[Statement] = Field(default_factory=list)
+    """By authors of entries."""
+    disputed: list[Statement] = Field(default_factory=list)
+    """By anybody, with a reason."""
+
+
+def read_statements(folder: Path) -> Statements:
+    """Return the statements beside rows; none where there is no file.
+
+    Raises:
+        UserError: The file is wrong.
+    """
+    path = folder / STATEMENTS
+    if not path.is_file():
+        return Statements()
+    try:
+        return Statements.model_validate(read_yaml(path))
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
+
+
+def badges(
+    rows: pd.DataFrame, *, sealed: bool, again: pd.DataFrame | None = None, statements: Statements | None = None
+) -> pd.Series[str]:
+    """Return the badge of every row, `` disputed`` after it where it is.
+
+    Args:
+        rows: Result rows as `leakbench.results.load_rows` gives them.
+        sealed: Whether they lie under a seal that `leakbench verify` found to hold.
+        again: Rows of the same jobs that another machine made.
+        statements: What was said of entries.
+    """
+    said = statements or Statements()
+    clean = ~rows["git_dirty"].fillna(value=True).astype(bool)
+    secret = rows["season"] != "development"
+    rerun = rows["isolation"].isin(list(ISOLATED)) & clean & secret & sealed
+    badge = pd.Series("claimed", index=rows.index, dtype=object).mask(rerun, "rerun")
+    badge = badge.mask(rerun & _about(rows, said.confirmed), "confirmed")
+    if again is not None:
+        badge = badge.mask(rerun & _reproduced(rows, again), "reproduced")
+    doubted = _about(rows, [statement for statement in said.disputed if not statement.settled])
+    return badge.mask(doubted, badge + " disputed")
+
+
+def _about(rows: pd.DataFrame, statements: Sequence[Statement]) -> pd.Series[bool]:
+    """Return which rows are of an entry that a statement is about, as a part of a chain or alone."""
+    found = pd.Series(data=False, index=rows.index)
+    for statement in statements:
+        names = rows[statement.kind].fillna("").str.split("+")
+        found |= names.map(lambda parts, name=statement.name: name in parts) & (
+            rows[f"{statement.kind}_version"] == statement.version
+        )
+    return found
+
+
+def _reproduced(rows: pd.DataFrame, again: pd.DataFrame) -> pd.Series[bool]:
+    """Return which rows another kind of machine measured, too, with the same status and numbers."""
+    names = ["host_kind", "device", "status", *(name for name in METRICS if METRICS[name].target != "stealth")]
+    other = again.drop_duplicates(list(_ROW)).set_index(list(_ROW))[names]
+    other = other.reindex(pd.MultiIndex.from_frame(rows[list(_ROW)]))
+    other.index = rows.index
+    elsewhere = (other["host_kind"] != rows["host_kind"]) | (other["device"] != rows["device"])
+    agrees = other["status"].notna() & elsewhere & (other["status"] == rows["status"])
+    for name in names[3:]:
+        then, now = rows[name].astype(float), other[name].astype(float)
+        agrees &= ((then - now).abs() <= ATOL + RTOL * then.abs()) | (then.isna() & now.isna())
+    return agrees
