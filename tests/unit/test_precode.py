@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 from inversion_blocks import digits, observe
@@ -18,12 +19,17 @@ from torch.nn import functional as F  # noqa: N812
 from leakbench import UserError
 from leakbench.data import load_dataset
 from leakbench.defense import DefenseChain
+from leakbench.entries import resolve
 from leakbench.federation.client import Client
+from leakbench.grids import Cell
+from leakbench.keys import DEVELOPMENT
 from leakbench.models.build import build_module, seeded
 from leakbench.models.functional import build_model
 from leakbench.models.recipe import train
 from leakbench.randomness import TrialRandom
-from leakbench.tasks import Architecture, Protocol
+from leakbench.runner.execute import Runner
+from leakbench.runner.plan import plan
+from leakbench.tasks import Architecture, BatchSpec, Protocol, Task, ThreatModel
 
 MLP = Architecture(name="mlp", params={"width": 20, "depth": 1})
 
@@ -220,3 +226,22 @@ def test_what_cannot_be_is_refused():
         Precode().model(nn.Conv2d(1, 1, 1))
     with pytest.raises(UserError, match=r"noise: expected read or searched, got 'x'"):
         PrecodeInversion(noise="x")
+
+
+def test_it_runs_with_a_model_of_its_own_and_falls_to_the_first_layer(tmp_path):
+    """Oracle T1 through the harness: privacy zero."""
+    task = Task(
+        dataset="digits",
+        architecture=MLP,
+        batch=BatchSpec(size=1),
+        threat_model=ThreatModel(labels=True),
+        normalise=False,
+        target="inputs",
+    )
+    (attack,) = resolve("attack", "analytic")
+    cells = [Cell("", task, attack, resolve("defense", name), 4) for name in ("none", "precode")]
+    with Runner(tmp_path, season=DEVELOPMENT, isolation="process") as runner:
+        bare, precode = (pd.read_parquet(runner.run(plan([cell], DEVELOPMENT)[0]).path) for cell in cells)
+    assert set(bare.status) == set(precode.status) == {"ok"}
+    assert precode.psnr.min() > 90
+    assert set(bare.checkpoint_sha256).isdisjoint(precode.checkpoint_sha256)
