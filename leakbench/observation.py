@@ -236,6 +236,7 @@ class Observation(Knowledge):
         *,
         order: Tensor | None = None,
         model: Model | None = None,
+        scaled: bool = False,
     ) -> Tensor:
         """Return how well an update fits (T, N, ...) candidate examples by what the defense declares, (T,).
 
@@ -247,6 +248,7 @@ class Observation(Knowledge):
             labels: (T, N), or soft (T, N, C).
             order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
             model: Where the local steps start, M = 1 or T; the model that the clients received where None.
+            scaled: Whether the candidates' update is taken at the scale that fits best; see `Client.log_likelihood`.
 
         Raises:
             NotGranted: The defense, the model, the batch size, or of several local steps their number or learning rate
@@ -254,7 +256,9 @@ class Observation(Knowledge):
             NotImplementedError: No part of the defense declares a likelihood.
         """
         client, random = self._simulated(self.defense, len(labels))
-        return client.log_likelihood(sent, model or self.model, inputs, labels, random=random, order=order)
+        return client.log_likelihood(
+            sent, model or self.model, inputs, labels, random=random, order=order, scaled=scaled
+        )
 
     @property
     def gradient(self) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ LIMIT = 10.0
 REUSE = 5
 """How many updates are simulated for each auxiliary input, at most."""
 TOGETHER = 64
+TRUST = (0.0, 0.1, 1.0)
+"""By what hashed features, which are many, are multiplied beside those of the last layer's rows; the best is taken."""
 PENALTIES = tuple(10.0**power for power in range(-2, 6))
 
 
@@ -26,7 +28,7 @@ class LearnedLabels(Attack):
 
     Auxiliary examples go through the task's own client, the granted defense with fresh randomness included. Features of
     an update are the row sums, row norms and bias of the last layer's gradient, each of its rows hashed, the norms of
-    all tensors, and all other entries hashed. The regression's penalty is chosen by leave-one-out. As it is fitted to
+    all tensors, and all other entries hashed. Its penalties are chosen by leave-one-out. As it is fitted to
     what the defense lets through, it is the adaptive attack on labels for any defense.
 
     How the private labels were drawn is not known: simulated clients draw theirs from class proportions that are drawn
@@ -73,7 +75,15 @@ class LearnedLabels(Attack):
         scale = torch.where(spread > 1e-5 * mean.abs(), spread, torch.inf).clamp(min=1e-300)
         features = ((updates - mean) / scale).clamp(-LIMIT, LIMIT)
         center = shares.mean(1, keepdim=True)
-        return {"mean": mean, "scale": scale, "weight": ridge(features, shares - center), "center": center}
+        known = self._known(knowledge)
+        best = shares.new_full((len(shares),), torch.inf)
+        weight = shares.new_zeros(len(shares), features.shape[2], shares.shape[2])
+        for trust in TRUST:
+            factor = torch.where(torch.arange(features.shape[2], device=features.device) < known, 1.0, trust)
+            found, error = ridge(features * factor, shares - center)
+            weight = torch.where((error < best)[:, None, None], found * factor[:, None], weight)
+            best = torch.minimum(error, best)
+        return {"mean": mean, "scale": scale, "weight": weight, "center": center}
 
     def run(self, observation: Observation) -> Recovery:
         """Estimate label counts (T, 1, C)."""
@@ -106,14 +116,20 @@ class LearnedLabels(Attack):
             knowledge.progress(first + rows, wanted)
         return torch.cat(vectors, 1), torch.cat(shares, 1)
 
+    def _known(self, knowledge: Knowledge) -> int:
+        """Return how many features come first that are not hashed."""
+        names = knowledge.model.parameter_names
+        biased = f"{knowledge.model.head}.bias" in names
+        return (2 + biased) * knowledge.num_classes + len(names)
+
     def _vectors(self, knowledge: Knowledge, update: Mapping[str, Tensor]) -> Tensor:
-        """Return the features (T, f) of an update, in float64."""
+        """Return the features (T, f) of an update, in float64; hashed ones come last."""
         changed = {name: value.double().nan_to_num() for name, value in knowledge.difference(update).items()}
         head = changed.pop(f"{knowledge.model.head}.weight")
         bias = changed.get(f"{knowledge.model.head}.bias")
-        parts = [head.sum(2), head.norm(dim=2), hashed(head, self.row_features).flatten(1)]
-        parts += [] if bias is None else [bias]
+        parts = [head.sum(2), head.norm(dim=2), *([] if bias is None else [bias])]
         parts.append(torch.stack([value.flatten(1).norm(dim=1) for value in [head, *changed.values()]], 1))
+        parts.append(hashed(head, self.row_features).flatten(1))
         if changed:
             rest = torch.cat([value.flatten(1) for value in changed.values()], 1)
             parts.append(hashed(rest, self.rest_features))
@@ -157,8 +173,10 @@ def hashed(values: Tensor, size: int) -> Tensor:
     return values.new_zeros(*values.shape[:-1], size).index_add_(values.dim() - 1, place, values * sign)
 
 
-def ridge(features: Tensor, targets: Tensor) -> Tensor:
-    """Return the weights (M, f, C) of ridge regressions, the penalty of each chosen by its leave-one-out error.
+def ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights (M, f, C) of ridge regressions and their mean squared leave-one-out errors (M,).
+
+    The penalty of each is the one with the least error.
 
     Args:
         features: (M, s, f), centered.
@@ -177,4 +195,4 @@ def ridge(features: Tensor, targets: Tensor) -> Tensor:
         better = error < best
         best = torch.where(better, error, best)
         weights = torch.where(better[:, None, None], found, weights)
-    return weights
+    return weights, best

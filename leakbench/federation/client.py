@@ -118,6 +118,7 @@ class Client:
         *,
         random: TrialRandom,
         order: Tensor | None = None,
+        scaled: bool = False,
     ) -> Tensor:
         """Return the score (T,) that the defense gives what was sent if these were T clients' examples.
 
@@ -130,6 +131,8 @@ class Client:
             labels: (T, N), or soft (T, N, C).
             random: Streams of the defense's fresh draws.
             order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
+            scaled: Whether the clean update is first multiplied by the positive number that brings it nearest to what
+                was sent. Weights stay as they are.
 
         Raises:
             NotImplementedError: No part of the defense declares a likelihood.
@@ -138,6 +141,8 @@ class Client:
         state, moment = ClientState(), (0, 0)
         made, ctx = within._made(model, inputs, labels, order, random, state, moment, None, create_graph=True)
         clean = within.defense.tensors("update", made, ctx)
+        if scaled and self.protocol.sends != "weights":
+            clean = _nearest(clean, sent)
         return self.defense.log_likelihood(sent, clean, replace(ctx, received=model))
 
     def _made(
@@ -286,6 +291,19 @@ def batch_order(protocol: Protocol, batch_size: int) -> Tensor:
     """Return (local_steps, B) indices of every local step's batch into a client's examples, in their own order."""
     step = torch.arange(protocol.local_steps) % protocol.local_batches
     return step[:, None] * batch_size + torch.arange(batch_size)
+
+
+def _nearest(clean: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``clean`` times the positive number, one a trial, that brings it nearest to ``sent``.
+
+    A tenth of the size of ``sent`` is the least, so that what points away still has a direction.
+    """
+    found = torch.cat([clean[name].flatten(1) for name in sent], 1)
+    goal = torch.cat([value.flatten(1) for value in sent.values()], 1)
+    square = found.square().sum(1).clamp(min=torch.finfo(found.dtype).tiny)
+    least = 0.1 * goal.square().sum(1).sqrt() / square.sqrt()
+    factor = torch.maximum((found * goal).sum(1) / square, least)
+    return {name: value * factor.view(-1, *(1,) * (value.dim() - 1)) for name, value in clean.items()}
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

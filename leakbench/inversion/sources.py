@@ -165,9 +165,12 @@ class Defended(Unrolled):
 
     Args:
         samples: Draws that one comparison averages.
+        scaled: Whether a likelihood is that of the best scale of what the candidates send, as of a direction. It loses
+            one number of an update's thousands, and is as easy to descend as a cosine.
     """
 
     samples: int = 1
+    scaled: bool = False
 
     def check(self, knowledge: Knowledge) -> None:
         """Decline an aggregate, and a task that withholds what a simulated client needs."""
@@ -201,8 +204,10 @@ class Defended(Unrolled):
         scores = []
         for _ in range(self.samples):
             if seen.defense.scored_by is not None:
-                order = self.order(rows)
-                scores.append(seen.log_likelihood(sent, inputs, labels, order=order, model=rows.model) / entries)
+                order, scaled = self.order(rows), self.scaled
+                scores.append(
+                    seen.log_likelihood(sent, inputs, labels, order=order, model=rows.model, scaled=scaled) / entries
+                )
             else:
                 simulated = super().compare(rows, inputs, labels, unknowns, elementwise=elementwise)
                 scores.append(-Cosine()(simulated, unknowns))

@@ -53,6 +53,7 @@ from leakbench_baselines.defenses.weight_noise import WeightNoise
 from leakbench_baselines.defenses.weight_sparsify import WeightSparsify
 from leakbench_baselines.defenses.withhold_layers import WithholdLayers
 from sklearn.linear_model import Ridge
+from sklearn.model_selection import cross_val_score
 
 from leakbench import Knowledge
 from leakbench.defense import DefenseChain, DefenseContext
@@ -304,12 +305,17 @@ def test_ridge_is_scikit_learns_at_the_penalty_it_chooses():
     targets = features @ torch.randn(2, 30, 4, generator=stream, dtype=torch.float64)
     targets = targets + 3 * torch.randn(2, 60, 4, generator=stream, dtype=torch.float64)
     features, targets = features - features.mean(1, keepdim=True), targets - targets.mean(1, keepdim=True)
-    found = ridge(features, targets)
+    found, error = ridge(features, targets)
     for m in range(2):
         fits = {a: Ridge(alpha=a, fit_intercept=False).fit(features[m], targets[m]) for a in (0.01, 1, 10, 100, 1000)}
         near = {a: abs(torch.tensor(fit.coef_.T) - found[m]).max().item() for a, fit in fits.items()}
         assert min(near.values()) < 1e-8
         best = min(near, key=near.get)
+        scores = cross_val_score(
+            Ridge(alpha=best, fit_intercept=False), features[m], targets[m], cv=60, scoring="neg_mean_squared_error"
+        )
+        # The leverage of the mean, which centering took, is on top.
+        assert error[m].item() == pytest.approx(-scores.mean(), rel=0.15)
         assert 1 <= best < 1000, "noise needs a penalty, and signal not the greatest"
 
 
