@@ -88,7 +88,7 @@ def serve(sock: socket.socket, *, threads: int, detail: Mapping[str, Any], local
                     from leakbench.utility.child import TrainingRole  # builds on ClientRole
 
                     training = TrainingRole(message, local or {})
-                    roles = {"round": training.round, "predict": training.predict}
+                    roles = {"round": training.round, "predict": training.predict, "promise": training.promise}
                 elif message.kind == "attack":
                     attack = AttackRole(message, local or {}, sock)
                     roles = {"prepare": attack.prepare, "plant": attack.plant, "run": attack.run}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leakbench.accounting import chain_mu
 from leakbench.federation.inputs import to_inputs
 from leakbench.models.functional import Model, split_state
 from leakbench.runner.child import ClientRole, Reply
@@ -40,6 +41,12 @@ class TrainingRole(ClientRole):
         self.labels = self.classes[batch["indices"].to(self.device)][:, None]
         self.order = batch.get("order")
         return super().round(message)
+
+    def promise(self, _: Message) -> Reply:
+        """Return mu of one example of one round, as far as the defense declares it; see `chain_mu`."""
+        (client,) = self.clients
+        mu = chain_mu(client.defense, self.protocol, client.batch_size, layers=len(self.model.layers))
+        return "promise", {"mu": mu}, {}
 
     def predict(self, message: Message) -> Reply:
         """Return the class that the model that was sent (blob ``model``) gives every example, int64 (n,)."""

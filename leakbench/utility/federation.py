@@ -105,6 +105,7 @@ class Course:
         total_seconds: Wall seconds of the training.
         peak_memory: Of the clients' process, bytes.
         isolation: What confined it.
+        epsilon: Of one replaced example over all rounds; None where nothing is promised.
     """
 
     status: str = "ok"
@@ -118,6 +119,7 @@ class Course:
     total_seconds: float | None = None
     peak_memory: int | None = None
     isolation: dict[str, Any] = field(default_factory=dict)
+    epsilon: float | None = None
 
     def fail(self, status: str, error: str) -> None:
         """Note why the training came to nothing."""

@@ -57,6 +57,13 @@ UTILITY_FIELDS: tuple[Field, ...] = (
         nullable=True,
     ),
     Field("update_numbers", _INT, "Numbers in one update; null: not built", nullable=True),
+    Field(
+        "epsilon",
+        _FLOAT,
+        "Of the example that is used most often, replaced by another, over all rounds, at delta 1e-5 and without gain "
+        "by sampling: what the defense declares, composed as Gaussian; null: it promises nothing",
+        nullable=True,
+    ),
     Field("refused", _FLOAT, "Mean share of the clients that refused the model; null: none done", nullable=True),
     Field("wall_seconds", _FLOAT, "Wall seconds of the training, evaluations included", nullable=True),
     Field("peak_memory_bytes", _INT, "Peak memory of the clients' process", nullable=True),

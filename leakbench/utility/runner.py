@@ -7,6 +7,7 @@ and no labels says which class the net gives each test input; elsewhere the net 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from leakbench import keys
+from leakbench.accounting import gdp_epsilon
 from leakbench.data import decoder_versions
 from leakbench.data.loading import Dataset
 from leakbench.errors import InvalidOutput, LeakbenchError, Unavailable
@@ -43,6 +45,8 @@ from leakbench.utility.rows import UTILITY_FIELDS
 PREDICT_SECONDS = 300.0
 """Time limit of an evaluation of a net that a defense changed."""
 
+DELTA = 1e-5
+"""At which epsilon is given."""
 WEIGHED = 8
 """Rounds, spread over the training, in which upload is measured, of one client each."""
 
@@ -128,6 +132,7 @@ class UtilityRunner(Runner):
             "rounds_done": course.done,
             "client_seconds": course.client_seconds,
             "upload_bytes": course.upload_bytes,
+            "epsilon": course.epsilon,
             "refused": sum(course.refused) / len(course.refused) if course.refused else None,
             "wall_seconds": course.total_seconds,
             "peak_memory_bytes": course.peak_memory,
@@ -180,6 +185,7 @@ class _Training:
         params, course = self.job.attack.params, self.course
         clients, judge = self._clients(), self._judge()
         rounds, every, keep = (int(params[name]) for name in ("rounds", "evaluate_every", "keep"))  # type: ignore[arg-type]
+        course.epsilon = self._epsilon(clients)
         begun = time.monotonic()
         for index in range(rounds):
             self._round(clients, index, keep)
@@ -193,6 +199,20 @@ class _Training:
         course.isolation = clients.detail
         clients.close()
         course.peak_memory = clients.peak_memory
+
+    def _epsilon(self, clients: Child) -> float | None:
+        """Return epsilon of the example that is used most often; None where the defense promises nothing.
+
+        None, too, where an example comes more than once in a round: what is declared is of one.
+        """
+        message = ask(clients, "promise", {}, {}, expect="promise", seconds=GRACE_SECONDS, who="client")
+        mu = message.body.get("mu")
+        if not isinstance(mu, float) or not mu >= 0:
+            return None
+        taken = np.sort(self.drawn.taken, axis=2)
+        if (taken[..., 1:] == taken[..., :-1]).any():
+            return None
+        return gdp_epsilon(mu * math.sqrt(np.unique(taken, return_counts=True)[1].max()), DELTA)
 
     def _round(self, clients: Child, index: int, keep: int) -> None:
         taken, state = self.drawn.taken[index], self.server.state()

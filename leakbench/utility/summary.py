@@ -91,8 +91,8 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         `SETTING` and `DEFENSE_KEYS`, ``defense_label``, ``defense_strength``, ``lr``, ``seeds``, ``failed``, means of
-        ``accuracy`` and of `COMPARED` (of ``rounds_to_target`` null where one seed never got there), and the ends of
-        the 95% t-intervals over seeds of accuracy and drop, null with one seed.
+        ``accuracy`` and of `COMPARED` (of ``rounds_to_target`` null where one seed never got there), the greatest
+        ``epsilon``, and the ends of the 95% t-intervals over seeds of accuracy and drop, null with one seed.
     """
     lines = []
     for keys, own in rows.groupby([*SETTING, *DEFENSE_KEYS, "lr"], dropna=False, sort=False):
@@ -100,6 +100,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         line |= {name: own[name].iloc[0] for name in ("defense_label", "defense_strength")}
         line |= {"seeds": len(own), "failed": int((own["status"] != "ok").sum())}
         line |= {name: own[name].mean(skipna=name != "rounds_to_target") for name in ("accuracy", *COMPARED)}
+        line["epsilon"] = own["epsilon"].max()
         errors = own.loc[own["status"] != "ok", "error"]
         line["error"] = None if errors.empty else errors.iloc[0]
         for name in ("accuracy", "drop"):
@@ -140,7 +141,18 @@ def lines(summary: pd.DataFrame) -> list[str]:
     return text[1:]
 
 
-_HEADINGS = ("partition", "defense", "lr", "accuracy %", "points lost", "rounds", "time x", "upload x", "seeds")
+_HEADINGS = (
+    "partition",
+    "defense",
+    "lr",
+    "accuracy %",
+    "points lost",
+    "rounds",
+    "time x",
+    "upload x",
+    "epsilon",
+    "seeds",
+)
 _LEFT = 2
 
 
@@ -155,6 +167,7 @@ def _cells(line: Mapping[Any, Any]) -> list[str]:
         _number(line["rounds_to_target"], 0),
         _number(line["client_time_ratio"], 2),
         _number(line["upload_ratio"], 2),
+        _number(line["epsilon"], 1),
         f"{line['seeds']}{failed}",
     ]
 

@@ -59,6 +59,7 @@ class Same(Defense):
 
 
 PRIVATE, FED_BACK = "dp_sgd(noise_multiplier=0.0, clip=1e9)", "topk(p=0.9, error_feedback=True)"
+EPSILON = "dp_sgd(noise_multiplier=4.0, clip=1.0)"
 NOISE, SPARSE = "gaussian_noise(std=0.1)", "topk(p=0.8)"
 
 
@@ -67,7 +68,7 @@ def mine(one_cache, tmp_path_factory):
     path = tmp_path_factory.mktemp("entries") / "mine.py"
     path.write_text(DEFENSES)
     own = [f"{path}:{name}" for name in ("Crash", "Nonsense", "Same")]
-    known = (PRIVATE, FED_BACK, NOISE, SPARSE, "sign", "fp16", "qsgd")
+    known = (PRIVATE, EPSILON, FED_BACK, NOISE, SPARSE, "sign", "fp16", "qsgd")
     resolve_all([("defense", text) for text in (*own, *known)])  # in one child instead of many
     return path
 
@@ -222,6 +223,18 @@ def test_dp_sgd_without_noise_and_bound_changes_nothing(runner):
     assert rows[0]["curve"] == rows[1]["curve"]
     last, same = (kept_of(runner, job)[3, 0].model for job in (plain, private))
     assert_close(same, {name.partition("/")[2]: value[0] for name, value in last.items()})
+
+
+def test_epsilon_is_that_of_the_noise_and_of_how_often_an_example_is_used(runner):
+    plain, private = jobs(EPSILON, keep=12)
+    assert pd.isna(row_of(runner, plain)["epsilon"])
+    epsilon = row_of(runner, private)["epsilon"]
+    used = torch.cat([kept.indices for kept in kept_of(runner, private).values()]).bincount().max()
+    mu = 2 / 4.0 * math.sqrt(used)  # replacing an example moves the sum of clipped gradients by 2 C; the noise is 4 C
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    ends = (torch.tensor(sign * mu / 2 - epsilon / mu, dtype=torch.float64) for sign in (1, -1))
+    above, below = (float(normal.cdf(end)) for end in ends)
+    assert above - math.exp(epsilon) * below == pytest.approx(1e-5, rel=1e-6)
 
 
 def test_running_statistics_are_averaged_by_examples():
@@ -408,6 +421,7 @@ def made_row(defense="none", seed=0, lr=0.1, accuracy=0.9, holdout=0.9, **change
         "curve": json.dumps([[2, 0.2], [4, 0.86], [6, accuracy]]),
         "client_seconds": 2.0,
         "upload_bytes": 100.0,
+        "epsilon": math.nan,
         "utc": pd.Timestamp("2026-01-01", tz="UTC") + pd.Timedelta(seconds=seed),
         **changes,
     }
