@@ -39,11 +39,18 @@ class Ensemble:
 
 
 ENSEMBLES: dict[str, Ensemble] = {
-    "labels": Ensemble(("bias_count", "llg_plus", "ilrg", "rlu", "llbg_aux"), evaluations=100),
+    "labels": Ensemble(
+        (
+            *("llg", "llg_plus", "gradinversion_labels", "ilrg", "rlg", "llbg_aux", "zlg_plus"),
+            "learned_labels",
+        ),
+        evaluations=0,
+    ),
     "inputs": Ensemble(
         (
             "analytic",
             "inverting_gradients(steps=500)",
+            "bayes_adaptive(steps=500)",
             "learning_to_invert(width=300, epochs=20, simulations=2000)",
         ),
         evaluations=500,

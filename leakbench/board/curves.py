@@ -199,7 +199,7 @@ class _Costs:
         # Without an undefended twin, or without the data, a training tells nothing of the defense.
         trained = utility[utility["drop"].notna() & utility["utility"].notna()]
         same = [key for key in (*SETTING, "seed") if key in trained]
-        trained = trained.assign(_training=trained[same].astype(str).agg(repr, axis=1) if len(trained) else "")
+        trained = trained.assign(_training=list(map(repr, trained[same].itertuples(index=False, name=None))))
         for keys, part in trained.groupby([*DEFENSE_KEYS, "dataset"], dropna=False):
             self._own[tuple(map(plain, keys))] = part
             if keys[0] == "none":

@@ -104,7 +104,8 @@ def _ranking(frame: pd.DataFrame) -> Iterator[Sheet]:
             for points in classes:
                 value, low, high = (line[f"{name}_at_{points}"] for name in ("privacy", "low", "high"))
                 rank, setting = line[f"rank_at_{points}"], line[f"setting_at_{points}"]
-                texts.append("-" if setting is None else f"{_interval(value, low, high)} #{rank:.0f} {setting}")
+                where = "" if setting is None else f" #{rank:.0f} {setting.removeprefix(line['defense'])}"
+                texts.append(_interval(value, low, high) + where)
             volume = _interval(line["hypervolume"], line["hypervolume_low"], line["hypervolume_high"])
             lines.append([*texts, volume, f"{line['settings']}" + (" (partial)" if line["partial"] else "")])
         out = part[part["unranked_because"].notna()]
