@@ -138,3 +138,54 @@ def named_weights(rows: pd.DataFrame, entry: pd.Series[int]) -> pd.DataFrame:
         fill = rows[key].isna() & (known.transform("nunique") == 1)
         rows[key] = rows[key].astype(object).mask(fill, known.transform("first"))
     return rows
+
+
+def defense_worst_case(board: pd.DataFrame) -> pd.DataFrame:
+    """Return the privacy of every defense: its worst trial-mean over all attacks on the task.
+
+    A defense is left unranked, with the reason, where an attack on it failed in any trial, was unavailable, or was run
+    against another defense but not against this one (not applicable is fine, but has to be in the rows), and where it
+    overstates its protection.
+
+    Args:
+        board: What `cells` returns.
+
+    Returns:
+        `TASK_KEYS` and `DEFENSE_KEYS`, then ``defense_label``, ``attacks`` (number that counted), ``worst_attack``,
+        ``worst`` with ``ci_low`` and ``ci_high``, ``reference``, ``undefended`` (worst without a defense),
+        ``privacy`` (0 at the undefended level, 1 at the reference) and ``unranked_because`` (null where ranked).
+    """
+    columns = ["defense_label", "attacks", "worst_attack", "worst", "ci_low", "ci_high", "reference"]
+    lines = []
+    for _, task in board.groupby(group_ids(board, TASK_KEYS), sort=False):
+        attacks = set(task["attack_label"])
+        undefended = task.loc[task["defense"] == "none", "mean"].max()
+        for _, own in task.groupby(group_ids(task, DEFENSE_KEYS), sort=False):
+            keys = {key: own[key].iloc[0] for key in (*TASK_KEYS, *DEFENSE_KEYS, "defense_label")}
+            lines.append(keys | _worst(own, attacks, undefended))
+    frame = pd.DataFrame(
+        lines, columns=[*TASK_KEYS, *DEFENSE_KEYS, *columns, "undefended", "privacy", "unranked_because"]
+    )
+    return frame.sort_values(["task", "task_hash", "worst"], kind="stable").reset_index(drop=True)
+
+
+def _worst(own: pd.DataFrame, attacks: set[str], undefended: float) -> dict[str, Any]:
+    failed = own.loc[(own["ok"] < own["n"]) | (own["unavailable"] > 0), "attack_label"]
+    problems = [*own["defense_note"].dropna().unique(), *(f"failed: {name}" for name in failed)]
+    problems += [f"not run: {name}" for name in sorted(attacks - set(own["attack_label"]))]
+    counted = own[own["n"] > 0]
+    if counted.empty:
+        return {"attacks": 0, "unranked_because": "; ".join(problems) or "no attack was applicable"}
+    worst = counted.sort_values("mean", kind="stable").iloc[-1]
+    span = undefended - worst["reference"]
+    return {
+        "attacks": len(counted),
+        "worst_attack": worst["attack_label"],
+        "worst": worst["mean"],
+        "ci_low": worst["ci_low"],
+        "ci_high": worst["ci_high"],
+        "reference": worst["reference"],
+        "undefended": undefended,
+        "privacy": float(np.clip((undefended - worst["mean"]) / span, 0, 1)) if span > 0 else np.nan,
+        "unranked_because": "; ".join(problems) or None,
+    }
