@@ -37,6 +37,9 @@ def status(out: Path, as_json: bool) -> None:
 @click.option("--json", "form", flag_value="json", help="Every column of every cell as JSON.")
 @click.option("--markdown", "form", flag_value="markdown", help="Tables as Markdown.")
 @click.option("--csv", "form", flag_value="csv", help="Every column of every cell as CSV.")
+@click.option(
+    "--into", type=click.Path(path_type=Path), help="Markdown file whose marked part becomes the best of every lane."
+)
 @click.option("--lanes", "only_lanes", is_flag=True, help="Only the lanes: each attack's mean over their tasks.")
 @click.option("--measures", is_flag=True, help="What was measured without or beside attacks, layer by layer.")
 @click.option("--defenses", is_flag=True, help="What defenses leave of the leakage, at what accuracy; and AutoLeak.")
@@ -55,6 +58,7 @@ def status(out: Path, as_json: bool) -> None:
 def board(
     out: tuple[Path, ...],
     form: str | None,
+    into: Path | None,
     only_lanes: bool,
     measures: bool,
     defenses: bool,
@@ -89,6 +93,12 @@ def board(
     from leakbench.results import holds_measures, load_rows
 
     rows = load_rows(out)
+    if into is not None:
+        from leakbench.board.readme import write_into
+
+        write_into(into, rows, lanes(rows))
+        click.echo(into)
+        return 0
     board, ranked = cells(rows.iloc[:0] if only_lanes else rows), lanes(rows)
     if form is None:
         render.terminal(board, ranked)
