@@ -1,0 +1,170 @@
+"""What pages are made from: rows, boards, measures, pictures, and where each thing has its page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from leakbench.board.columns import CELL_KEYS, Cell, entry_label, entry_parameters
+from leakbench.board.lanes import LaneTable, lane_frame, lane_tables
+from leakbench.board.measures import tables as measure_tables
+from leakbench.board.score import board_of, build_cells
+from leakbench.errors import UserError
+from leakbench.gallery import Entry, read_gallery
+from leakbench.results import holds_measures, load_measures
+from leakbench.site.loading import load, row_files
+from leakbench.sources import Kind
+
+LANE_TITLES = {
+    "legacy_upper_bound": "one image, labels known (legacy upper bound)",
+    "passive_labels": "labels from one gradient",
+    "passive_images": "images from one gradient",
+    "passive_update": "several local steps, learning rate unknown",
+    "aggregate": "sums over clients",
+    "malicious_server": "malicious server",
+    "inference": "attributes and membership",
+}
+"""Lanes in words."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller asked for.
+
+    Args:
+        repository: Address of the code for links, or None.
+        changelog: File with the version history, or None.
+    """
+
+    repository: str | None = None
+    changelog: Path | None = None
+
+
+class Data:
+    """The rows under several results, and what boards make of them; computed when first asked for.
+
+    Args:
+        results: Folders of runs, folders of compacted rows, or Parquet files.
+        options: See `Options`.
+
+    Raises:
+        UserError: There are no rows, or rows of another schema version.
+    """
+
+    def __init__(self, results: Sequence[Path], options: Options) -> None:
+        self.results, self.options = tuple(results), options
+        self.files = row_files(results)
+        self.rows = load(self.files)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Every cell, in the order of the rows."""
+        return build_cells(self.rows)
+
+    @cached_property
+    def board(self) -> pd.DataFrame:
+        """A line per cell: see `leakbench.board.score.cells`; with ``id`` and a few facts of the task."""
+        board = board_of(self.cells)
+        ids = [cell_id([line[key] for key in CELL_KEYS]) for line in board[list(CELL_KEYS)].to_dict("records")]
+        facts = self.rows.drop_duplicates("task_hash").set_index("task_hash")
+        told = {key: facts[key].astype(object).to_dict() for key in ("architecture", "stage", "batch_size")}
+        return board.assign(id=ids, **{key: board["task_hash"].map(values) for key, values in told.items()})
+
+    @cached_property
+    def cell(self) -> dict[str, Cell]:
+        """Cells by id."""
+        return {cell_id(list(cell.keys.values())): cell for cell in self.cells}
+
+    @cached_property
+    def lane_tables(self) -> list[LaneTable]:
+        """See `leakbench.board.lanes.lane_tables`; by lane, demonstrations last."""
+        order = list(LANE_TITLES)
+        found = lane_tables(self.rows)
+        return sorted(
+            found, key=lambda t: (t.lines[0]["demonstration"], order.index(t.lines[0]["lane"]), t.lines[0]["stage"])
+        )
+
+    @cached_property
+    def lanes(self) -> pd.DataFrame:
+        """The lines of `lane_tables`."""
+        return lane_frame(self.lane_tables)
+
+    @cached_property
+    def folders(self) -> list[Path]:
+        """Results that are folders."""
+        return [path for path in self.results if path.is_dir()]
+
+    @cached_property
+    def measures(self) -> dict[str, pd.DataFrame]:
+        """Tables of measures by kind; empty where nothing was measured."""
+        measured = [path for path in self.folders if holds_measures(path)]
+        return measure_tables(load_measures(measured)) if measured else {}
+
+    @cached_property
+    def pictures(self) -> list[list[Entry]]:
+        """Pictures of every result, cell by cell."""
+        found = []
+        for folder in self.folders:
+            try:
+                found += read_gallery(folder)
+            except UserError:  # it has none
+                continue
+        return found
+
+    @cached_property
+    def date(self) -> str:
+        """Day of the latest row: a build tells no other time, so that the same rows give the same pages."""
+        return str(self.rows["utc"].max().date())
+
+    @cached_property
+    def descriptions(self) -> dict[tuple[Kind, str], dict[str, Any]]:
+        """What installed entries say of themselves, by kind and name."""
+        from leakbench.listing import list_items
+
+        kinds: tuple[tuple[Kind, Any], ...] = (("attack", "attacks"), ("defense", "defenses"))
+        return {(kind, item["name"]): item for kind, listed in kinds for item in list_items(listed)}
+
+
+def cell_id(keys: Sequence[Any]) -> str:
+    """Return the name of a cell's page, from the values of `CELL_KEYS`."""
+    plain = [None if pd.isna(key) else int(key) if isinstance(key, float) and key.is_integer() else key for key in keys]
+    return hashlib.sha256(json.dumps(plain, default=str).encode()).hexdigest()[:16]
+
+
+def slug(name: str) -> str:
+    """Return a file name for anything, whoever named it: distinct names have distinct files."""
+    plain = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-")[:80]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def cell_page(identity: str) -> str:
+    """Return where the rows of a cell are."""
+    return f"cells/{identity[:2]}/{identity}.html"
+
+
+def attack_page(name: str) -> str:
+    """Return where an attack is described."""
+    return f"attacks/{slug(name)}.html"
+
+
+def defense_page(name: str) -> str:
+    """Return where a defense is described."""
+    return f"defenses/{slug(name)}.html"
+
+
+def task_page(task: str, task_hash: str) -> str:
+    """Return where a task is described; tasks of one id and another definition have pages of their own."""
+    return f"tasks/{slug(task)}-{slug(task_hash[:8])}.html"
+
+
+def short_label(name: str, params: str) -> str:
+    """Return an entry with all its parameters."""
+    return entry_label(name, entry_parameters(params))

@@ -1,0 +1,90 @@
+"""Rows for the site: only the columns that it shows, texts as categories, cell by cell. No torch here.
+
+A million rows with every column as Python objects would not fit into two gigabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from leakbench.board.columns import CELL_KEYS
+from leakbench.errors import UserError
+from leakbench.results import job_files, latest_rows
+from leakbench.schema import ROW_FIELDS, SCHEMA_VERSION
+
+LEFT_OUT = frozenset({"notes", "isolation_detail", "planted_tensors", "schema_version", "visible_loss"})
+"""Columns that only the download has."""
+
+COLUMNS = tuple(field.name for field in ROW_FIELDS if field.name not in LEFT_OUT)
+_TEXTS = [field.name for field in ROW_FIELDS if field.type == pa.string()]
+_ORDER = tuple(key for key in CELL_KEYS if key != "checkpoint")
+
+
+def row_files(results: Sequence[Path]) -> list[Path]:
+    """Return the files with rows: those of runs, those of folders of compacted rows, and files themselves.
+
+    Raises:
+        UserError: There is no such file or folder, one holds rows of another schema version, or there are no rows.
+    """
+    files: list[Path] = []
+    for path in results:
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir():
+            files += [job.path for job in job_files(path)] or sorted(path.glob("[!.]*.parquet"))
+        else:
+            raise UserError(f"no results at {path}: expected a folder of a run; make one with: leakbench run quick")
+    if not files:
+        listed = " ".join(map(str, results))
+        raise UserError(f"no result rows under {listed}; make some with: leakbench run quick --out {listed}")
+    return files
+
+
+def load(files: Sequence[Path]) -> pd.DataFrame:
+    """Return the rows of files with `COLUMNS`, those of one cell together and by trial.
+
+    Where a trial was measured in several jobs, the row of the widest and then latest block is kept.
+
+    Raises:
+        UserError: A file is not one of rows of this schema version.
+    """
+    tables = [_read(path) for path in files]
+    tables.sort(key=_place)
+    whole = pa.concat_tables(tables).unify_dictionaries()
+    del tables
+    rows: pd.DataFrame = whole.to_pandas(split_blocks=True, self_destruct=True)
+    del whole
+    for name, values in rows.items():
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            rows[name] = values.cat.reorder_categories(sorted(values.cat.categories))
+    return latest_rows(rows.dropna(subset=["attack"]) if rows["attack"].isna().any() else rows)
+
+
+def _place(table: pa.Table) -> tuple[str, ...]:
+    first = table.slice(0, 1)
+    return (*(str(first[key][0].as_py()) for key in _ORDER), f"{first['trial'][0].as_py():012d}")
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path, columns=list(COLUMNS), read_dictionary=_TEXTS, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: expected a Parquet file of rows ({str(error)[:80]}); leave it out") from None
+    if table.column_names != list(COLUMNS):
+        missing = sorted(set(COLUMNS) - set(table.column_names))
+        raise UserError(
+            f"{path}: expected rows of schema version {SCHEMA_VERSION}, got a file without {', '.join(missing[:3])}; "
+            "leave it out"
+        )
+    return table.replace_schema_metadata()
+
+
+def everything(files: Sequence[Path]) -> Iterator[pa.Table]:
+    """Yield every column of every row, file by file."""
+    for path in files:
+        yield pq.read_table(path, use_threads=False).replace_schema_metadata()

@@ -1,0 +1,95 @@
+"""One page per cell: its rows, and the commands that reproduce them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup, escape
+
+from leakbench.board.columns import Cell
+from leakbench.board.lanes import EXACT
+from leakbench.site.data import Data, attack_page, cell_page, defense_page, short_label, task_page
+from leakbench.site.page import Page
+
+PROVENANCE = (
+    *("suite", "leakbench_version", "git_sha", "git_dirty", "code_sha256", "attack_source_sha256"),
+    *("defense_source_sha256", "dataset_fingerprint", "checkpoint_origin", "checkpoint_sha256", "host_kind", "device"),
+    *("python", "torch", "cuda", "threads", "isolation", "season", "season_commitment", "utc"),
+)
+"""What is told of a cell's first row."""
+
+
+def row_id(job: str, trial: int) -> str:
+    """Return the name of a row."""
+    return f"{job}:{trial}"
+
+
+def pages(data: Data) -> Iterator[Page]:
+    """Yield a page per cell of the board."""
+    jobs, evaluations = data.rows["job_id"], data.rows["model_evaluations"]
+    firsts = data.rows.iloc[[int(cell.places[0]) for cell in data.cell.values()]]
+    provenance = dict(zip(data.cell, firsts[list(PROVENANCE)].astype(object).to_dict("records"), strict=True))
+    known = data.board.set_index("id")
+    by_id = known[["attack_label", "defense_label", "mean", "ci_low", "ci_high", "reference"]].to_dict("index")
+    for name, cell in data.cell.items():
+        line: dict[Any, Any] = {**cell.keys, **by_id[name]}
+        first = provenance[name]
+        labels = (
+            short_label(cell.keys["attack"], cell.keys["attack_params"]),
+            short_label(cell.keys["defense"], cell.keys["defense_params"]),
+        )
+        own = jobs.iloc[cell.places].to_numpy(object)
+        run = ["leakbench", "run", str(first["suite"]) or "SUITE", "--attack", labels[0]]
+        run += [] if cell.keys["defense"] == "none" else ["--defense", labels[1]]
+        context = {
+            "line": line,
+            "links": {
+                "task": task_page(cell.keys["task"], cell.keys["task_hash"]),
+                "attack": attack_page(cell.keys["attack"]),
+                "defense": defense_page(cell.keys["defense"]),
+            },
+            "facts": [(key, "–" if pd.isna(first[key]) else str(first[key])) for key in PROVENANCE],
+            "metric": cell.metric,
+            "exact": EXACT[cell.keys["target"]],
+            "body": _body(cell, own, evaluations.iloc[cell.places].to_numpy(np.float64, na_value=np.nan)),
+            "example": row_id(own[0], int(cell.rows["trial"][0])),
+            "command": shlex.join(run),
+            "is_digit_scale": cell.keys["target"] == "inputs",
+        }
+        title = f"{line['attack_label']} on {cell.keys['task']}"
+        yield Page(cell_page(name), title, "cell.html", context)
+
+
+def _body(cell: Cell, jobs: Any, evaluations: Any) -> Markup:
+    """Return the lines of the table of rows: written here, since a site has a million of them."""
+    rows, spec = cell.rows, cell.metric
+    columns = zip(
+        rows["trial"].tolist(),
+        rows["draw"].tolist(),
+        rows["status"].tolist(),
+        rows[spec.name].tolist(),
+        rows[spec.reference].tolist(),
+        rows[EXACT[cell.keys["target"]]].tolist(),
+        evaluations.tolist(),
+        rows["wall_seconds"].tolist(),
+        jobs.tolist(),
+        rows["error"].tolist(),
+        strict=True,
+    )
+    safe = {text: str(escape(text)) for text in {*rows["status"].tolist(), *jobs.tolist(), *rows["error"].tolist()}}
+    lines = [
+        f'<tr id="t{trial}-{draw}"><th scope="row">{trial}</th><td>{draw}</td><td>{safe[status]}</td>'
+        f"<td>{_number(value)}</td><td>{_number(reference)}</td><td>{_number(exact)}</td><td>{_number(count)}</td>"
+        f'<td>{_number(seconds)}</td><td class="x"><code>{safe[job]}:{trial}</code></td>'
+        f'<td class="x">{"" if error is None else safe[error]}</td></tr>'
+        for trial, draw, status, value, reference, exact, count, seconds, job, error in columns
+    ]
+    return Markup("\n".join(lines))  # noqa: S704 (numbers, and texts that went through escape)
+
+
+def _number(value: float) -> str:
+    return "–" if value != value else f"{value:.4g}"

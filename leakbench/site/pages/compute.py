@@ -1,0 +1,88 @@
+"""What attacks reach against what they cost, lane by lane."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from leakbench.site.charts import MOST_SERIES, Point, curves
+from leakbench.site.data import Data, attack_page, slug
+from leakbench.site.page import Page
+from leakbench.site.pages.boards import lane_anchor, lane_title
+from leakbench.site.table import Column, Line, Table, Value, interval, places
+
+
+def pages(data: Data) -> Iterator[Page]:
+    """Yield the page of costs."""
+    costs = _costs(data.rows)
+    tables = [_table(table.lines, costs, f"cost-{i}") for i, table in enumerate(data.lane_tables)]
+    intro = [
+        "Gradient evaluations and wall seconds per trial, beside the edge over chance or floor. Settings of one attack "
+        "are joined: what more compute buys. Seconds are of the machine that the rows name."
+    ]
+    tables = [table for table in tables if table.lines]
+    yield Page("compute.html", "Metric against compute", context={"intro": intro, "tables": tables})
+
+
+def _costs(rows: pd.DataFrame) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Return mean evaluations and seconds by attack, parameters, lane, stage and dataset's kind."""
+    few = rows.loc[
+        (rows["defense"] == "none") & (rows["status"] == "ok"),
+        [*_KEYS, "model_evaluations", "wall_seconds"],
+    ]
+    means = few.groupby(list(_KEYS), observed=True)[["model_evaluations", "wall_seconds"]].mean()
+    return {
+        tuple(map(str, key)): (float(a), float(b)) for key, (a, b) in zip(means.index, means.to_numpy(), strict=True)
+    }
+
+
+_KEYS = ("attack", "attack_params", "lane", "target", "stage", "season")
+
+
+def _table(lines: list[dict[str, Any]], costs: dict[tuple[str, ...], tuple[float, float]], name: str) -> Table:
+    first = lines[0]
+    target = str(first["target"])
+    shown, series = [], dict[str, list[Point]]()
+    for line in lines:
+        evaluations, seconds = costs.get(tuple(str(line[key]) for key in _KEYS), (math.nan, math.nan))
+        if pd.isna(line["edge"]):
+            continue
+        behind = f"{attack_page(line['attack'])}#{lane_anchor(line)}"
+        values = [
+            Value(line["attack_label"], href=attack_page(line["attack"])),
+            interval(line["edge"], line["edge_low"], line["edge_high"], places(target), behind),
+            Value("–" if math.isnan(evaluations) else f"{evaluations:,.4g}", evaluations, behind),
+            Value("–" if math.isnan(seconds) else f"{seconds:.3g}", seconds, behind),
+        ]
+        shown.append(Line(values, slug(line["attack_label"])))
+        if not math.isnan(evaluations):
+            point = Point(evaluations, line["edge"], line["edge_low"], line["edge_high"], line["attack_label"])
+            series.setdefault(line["attack"], []).append(point)
+    best = sorted(series.items(), key=lambda item: -max(p.y for p in item[1]))[:MOST_SERIES]
+    drawn = [(key, sorted(points)) for key, points in best]
+    unit = "gain over the floor, dB" if target == "inputs" else "advantage over chance"
+    positive = any(p.x > 0 for _, points in drawn for p in points)
+    chart = (
+        curves(
+            f"{name}-chart",
+            f"{lane_title(first)}: edge against gradient evaluations",
+            ("gradient evaluations per trial" + (", logarithmic, none at 1" if positive else ""), unit),
+            drawn,
+            log=positive,
+            zero=True,
+        )
+        if drawn
+        else ""
+    )
+    columns = [
+        Column("attack"),
+        Column("edge", True, note=f"{unit}, [95%]"),
+        Column("evaluations", True, note="gradients per trial"),
+        Column("seconds", True, note="per trial"),
+    ]
+    left = len(series) - len(drawn)
+    notes = [f"The chart shows the {MOST_SERIES} best attacks; {left} more are in the table."] if left else []
+    return Table(name, lane_title(first), columns, shown, notes, compare=True, chart=str(chart) and chart)

@@ -1,0 +1,18 @@
+"""Everything to take home."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from leakbench.schema import ROW_FIELDS
+from leakbench.site.data import Data
+from leakbench.site.downloads import bibtex
+from leakbench.site.page import Asset, Page
+
+
+def pages(data: Data) -> Iterator[Page | Asset]:
+    """Yield the page of downloads, and how to cite."""
+    text = bibtex(data)
+    yield Asset("cite.bib", text.encode())
+    facts = [(field.name, str(field.type), field.doc) for field in ROW_FIELDS]
+    yield Page("download.html", "Download and cite", "download.html", {"bibtex": text, "facts": facts})

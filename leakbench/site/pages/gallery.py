@@ -1,0 +1,67 @@
+"""Reconstructions by rule: of every cell the trials of best, median and worst PSNR, beside the originals."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+from leakbench.gallery import DATASETS, MOST_IMAGES, Entry
+from leakbench.keys import DEVELOPMENT
+from leakbench.site.data import Data, attack_page, slug, task_page
+from leakbench.site.page import Asset, Page
+
+_MOST_PIXELS = 4_000_000
+
+
+def pages(data: Data) -> Iterator[Page | Asset]:
+    """Yield the list of tasks with pictures, a page for each, and the pictures."""
+    by_task = defaultdict[tuple[str, str], list[list[Entry]]](list)
+    for cell in data.pictures:
+        if _may_show(cell):
+            by_task[(cell[0]["task"], cell[0]["task_hash"])].append(cell)
+    listed = []
+    for (task, task_hash), cells in sorted(by_task.items()):
+        path = f"gallery/{slug(task)}-{slug(task_hash[:8])}.html"
+        shown: list[dict[str, Any]] = []
+        for cell in cells:
+            pictures = []
+            for entry in cell:
+                files = []
+                for key in ("true", "recovered"):
+                    asset = _picture(entry[key])
+                    if asset is not None:
+                        yield asset[0]
+                        files.append((asset[0].path, *asset[1]))
+                if len(files) == 2:
+                    pictures.append({"entry": entry, "true": files[0], "recovered": files[1]})
+            shown.append({"cell": cell[0], "pictures": pictures, "page": attack_page(cell[0]["attack"])})
+        context = {"cells": shown, "task": task_page(task, task_hash), "most": MOST_IMAGES}
+        yield Page(path, task, "pictures.html", context)
+        listed.append({"path": path, "task": task, "count": len(cells)})
+    yield Page("gallery.html", "Gallery of reconstructions", "gallery.html", {"listed": listed})
+
+
+def _may_show(cell: list[Entry]) -> bool:
+    """Whether victims may be shown: only those of the public season, of datasets that allow it."""
+    return all(e["season"] == DEVELOPMENT.name and e["dataset"] in DATASETS for e in cell)
+
+
+def _picture(png: bytes) -> tuple[Asset, tuple[int, int]] | None:
+    """Return a picture written anew, since it comes from strangers, and its size; None where it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                return None
+            gray = image.mode == "L"
+            plain = image.convert("L" if gray else "RGB")
+    except (OSError, ValueError, SyntaxError):
+        return None
+    file = io.BytesIO()
+    plain.save(file, "PNG")
+    content = file.getvalue()
+    return Asset(f"pictures/{hashlib.sha256(content).hexdigest()[:20]}.png", content), plain.size

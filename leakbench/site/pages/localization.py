@@ -1,0 +1,120 @@
+"""Which layers leak: the layer profile, and every measured number, kind by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from leakbench.board.measures import ordered, variants
+from leakbench.board.profile import MOST_LINES, PANELS, chosen
+from leakbench.board.score import group_ids
+from leakbench.errors import UserError
+from leakbench.site.charts import Point, curves
+from leakbench.site.data import Data, slug, task_page
+from leakbench.site.page import Page
+from leakbench.site.table import Column, Line, Table, Value, interval, whole
+
+KINDS = {"lower_bound": "lower bound", "proxy": "proxy", "proved_bound": "proved bound"}
+"""Kinds in words; they never share a table."""
+
+MOST = 400
+"""Most numbers of one table; the Parquet file has all."""
+
+
+def pages(data: Data) -> Iterator[Page]:
+    """Yield the page of layers."""
+    tables = [*_profiles(data), *_tables(data)] if data.measures else []
+    intro = [
+        "How much of the images, and of an attribute of theirs, is in which layer's update. Lower bounds are what "
+        "attackers got, proxies local numbers that bound nothing, proved bounds what no attacker can exceed."
+    ]
+    context = {"intro": intro, "tables": tables, "empty": "Nothing measured yet; run: leakbench measure quick"}
+    yield Page("localization.html", "Localization", context=context)
+
+
+def _profiles(data: Data) -> Iterator[Table]:
+    try:
+        lines = chosen(data.measures)
+    except UserError:
+        return
+    for number, (_, own) in enumerate(lines.groupby(group_ids(lines, ("net", "panel")), sort=True)):
+        panel, net = PANELS[int(own["panel"].iloc[0])], str(own["net"].iloc[0])
+        layers = own.sort_values("depth").drop_duplicates("layer")
+        place = {layer: i for i, layer in enumerate(layers["layer"])}
+        names = ordered(own, "series")[:MOST_LINES]
+        series = []
+        for name in names:
+            part = own[own["series"] == name].sort_values("depth")
+            whole_ = part["value"].clip(lower=0).sum() if panel.share else 1.0
+            scale = 1 / whole_ if panel.share and whole_ > 0 else 1.0
+            points = [
+                Point(
+                    place[line["layer"]],
+                    line["value"] * scale,
+                    line["low"] * scale,
+                    line["high"] * scale,
+                    line["layer"],
+                )
+                for line in part.to_dict("records")
+            ]
+            series.append((name, points))
+        label = panel.label.replace("\n", " ")
+        title = f"{net}: {label} ({panel.information} information, {KINDS[panel.kind]})"
+        chart = curves(
+            f"profile-{number}", title, ("layers from input to output", label), series, labels=list(place),
+            zero=panel.neutral == 0,
+        )  # fmt: skip
+        yield _layer_table(own, f"layers-{number}", title, chart)
+
+
+def _layer_table(own: pd.DataFrame, name: str, title: str, chart: str) -> Table:
+    lines = []
+    for line in own.sort_values(["series", "depth"]).to_dict("records"):
+        page = task_page(line["task"], line["task_hash"])
+        lines.append(
+            Line(
+                [
+                    Value(line["layer"], float(line["depth"])),
+                    Value(line["series"]),
+                    interval(line["value"], line["low"], line["high"], 3),
+                    whole(line["n"]),
+                    Value(line["task"]),
+                ],
+                slug(f"{line['layer']} {line['series']} {page[-20:]}"),
+            )
+        )
+    columns = [
+        Column("layer"),
+        Column("task, in short", choose=True),
+        Column("value", True, note="[95%]"),
+        Column("n", True),
+        Column("task"),
+    ]
+    return Table(name, title, columns, lines, compare=True, chart=chart)
+
+
+def _tables(data: Data) -> Iterator[Table]:
+    for kind, table in data.measures.items():
+        whole_updates = table[table["depth"].isna()]
+        if whole_updates.empty:
+            continue
+        lines = []
+        labels = pd.concat([variants(own) for _, own in whole_updates.groupby("net")])
+        for line, label in zip(whole_updates.to_dict("records")[:MOST], labels.loc[whole_updates.index], strict=False):
+            values = [
+                Value(line["quantity"]),
+                Value(line["net"]),
+                Value(label),
+                interval(line["value"], line["low"], line["high"], 3),
+                Value(str(line["unit"])),
+                whole(line["n"]),
+                Value(f"{line['measure_label']} v{line['measure_version']}"),
+            ]
+            lines.append(Line(values, slug(f"{line['quantity']} {line['net']} {label} {line['measure_label']}")))
+        columns = [
+            Column("quantity", choose=True), Column("net", choose=True), Column("task, in short"),
+            Column("value", True, note="[95%]"), Column("unit"), Column("n", True), Column("measure", choose=True),
+        ]  # fmt: skip
+        notes = [f"{len(whole_updates) - MOST} more numbers are left out."] if len(whole_updates) > MOST else []
+        yield Table(f"kind-{kind}", f"Whole updates: {KINDS[kind]}s", columns, lines, notes, compare=True)

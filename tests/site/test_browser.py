@@ -1,0 +1,154 @@
+"""The pages in a real browser, from disk and without network."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+from site_rows import HOSTILE
+
+TASKS = "table[data-table='tasks']"
+TABLE = "table[data-table='lane-0']"
+
+
+def go(page, site, path, fragment=""):
+    page.goto(f"{(site / path).as_uri()}{fragment}")
+    return page
+
+
+def column(page, place, table=TABLE):
+    rows = page.locator(f"{table} > tbody > tr:visible")
+    return [rows.nth(i).locator("th, td").nth(place).inner_text() for i in range(rows.count())]
+
+
+def edges(page):
+    return [float(text.split()[0]) for text in column(page, 1)]
+
+
+@pytest.fixture
+def board(page, site):
+    return go(page, site, "boards/labels.html")
+
+
+def test_a_click_sorts_and_says_so(board):
+    assert edges(board) == sorted(edges(board), reverse=True)
+    button = board.locator(f"{TABLE} thead button").nth(1)
+    button.click()
+    button.click()
+    assert edges(board) == sorted(edges(board))
+    assert board.locator(f"{TABLE} th[aria-sort]").count() == 1
+    assert board.locator(f"{TABLE} th").nth(1).get_attribute("aria-sort") == "ascending"
+    assert "by advantage over chance ascending" in board.locator("#lane-0 .tools span").inner_text()
+    board.locator(f"{TABLE} thead button").nth(0).click()
+    assert column(board, 0) == sorted(column(board, 0), key=str.lower)
+
+
+def test_sorting_works_by_keyboard_and_keeps_the_focus(board):
+    button = board.locator(f"{TABLE} thead button").nth(1)
+    button.focus()
+    board.keyboard.press("Enter")
+    board.keyboard.press("Space")
+    assert edges(board) == sorted(edges(board))
+    assert button.evaluate("node => node === document.activeElement")
+
+
+def test_filtering_keeps_lines_with_all_words(board):
+    board.locator("#lane-0 input[type=search]").fill("lg")
+    assert set(column(board, 0)) == {"llg", "idlg", "rlg", "dlg"}
+    assert board.locator("#lane-0 .tools span").inner_text().startswith("4 of 6 lines")
+
+
+def test_a_choice_keeps_lines_of_one_value(page, site):
+    go(page, site, "boards/labels.html")
+    select = page.get_by_label("dataset")
+    assert select.locator("option").all_inner_texts() == ["all", "cifar10", "mnist"]
+    assert set(column(page, 2, TASKS)) == {"cifar10", "mnist"}
+    select.select_option("mnist")
+    assert set(column(page, 2, TASKS)) == {"mnist"}
+
+
+def test_an_address_brings_back_what_was_seen(board, site, browser):
+    board.locator(f"{TABLE} thead button").nth(0).click()
+    board.locator("#lane-0 input[type=search]").fill("lg")
+    boxes = board.locator(f"{TABLE} tbody tr:visible input[type=checkbox]")
+    boxes.nth(0).check()
+    boxes.nth(2).check()
+    address, lines, panel = board.url, column(board, 0), board.locator("#lane-0 .compared").inner_text()
+    assert "lane-0" in address.partition("#")[2]
+    other = browser.new_page()
+    other.goto(address)
+    assert column(other, 0) == lines == sorted(lines)
+    assert other.locator("#lane-0 .compared").inner_text() == panel
+    assert other.locator("#lane-0 input[type=search]").input_value() == "lg"
+    other.close()
+
+
+def test_lines_side_by_side_with_their_paired_difference(board):
+    panel = board.locator("#lane-0 .compared")
+    assert not panel.is_visible()
+    for name in ("llg", "ebi"):
+        board.get_by_label(f"Compare {name}", exact=True).first.check()
+    text = panel.inner_text()
+    assert "llg minus ebi: 0." in text
+    assert "can be told apart" in text
+    assert panel.locator("thead th").all_inner_texts()[1:] == ["llg", "ebi"]
+
+
+def test_the_visible_lines_are_downloaded_as_csv(board):
+    board.locator("#lane-0 input[type=search]").fill("llg")
+    with board.expect_download() as waiting:
+        board.locator("#lane-0").get_by_role("button", name="CSV of these lines").click()
+    lines = list(csv.reader(io.StringIO(waiting.value.path().read_text())))
+    assert len(lines) == 2
+    assert lines[0][0] == "attack"
+    assert lines[1][0] == "llg"
+
+
+def test_a_hostile_name_is_shown_as_it_is(board):
+    assert HOSTILE in column(board, 0)
+    board.get_by_label(f"Compare {HOSTILE}", exact=True).first.check()
+    board.get_by_label("Compare llg", exact=True).first.check()
+    assert HOSTILE in board.locator("#lane-0 .compared").inner_text()
+    assert board.locator("img").count() == 0
+
+
+@pytest.mark.parametrize("fragment", ["#lane-0~sort=99.desc&lane-0~7777=x", "#%E0%A4%A&x=%", "#lane-0~sort=1", "#="])
+def test_an_address_that_makes_no_sense_does_no_harm(page, site, fragment):
+    go(page, site, "boards/labels.html", fragment)
+    assert page.locator(TABLE).is_visible()
+
+
+@pytest.mark.parametrize("page", [{"java_script_enabled": False}], indirect=True)
+def test_without_a_script_tables_and_charts_are_complete(page, site):
+    go(page, site, "boards/labels.html")
+    assert page.locator(f"{TABLE} tbody tr").count() == 6
+    assert page.locator("button, input").count() == 0
+    assert page.locator("svg").first.is_visible()
+    page.locator(f"{TABLE} tbody a", has_text="0.").first.click()
+    assert page.locator("h1").inner_text() == "llg"
+    page.locator("td a[href*='cells/']").first.click()
+    assert page.locator("tbody tr[id]").count() == 12
+
+
+@pytest.mark.parametrize("page", [{"viewport": {"width": 360, "height": 740}}], indirect=True)
+def test_a_phone_scrolls_tables_and_not_the_page(page, site):
+    for path in ("index.html", "boards/labels.html", "defenses.html", "compute.html"):
+        go(page, site, path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+
+
+@pytest.mark.parametrize("page", [{"color_scheme": scheme} for scheme in ("light", "dark")], indirect=True)
+def test_axe_finds_nothing_serious(page, site):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
+    cell = next((site / "cells").glob("*/*.html")).relative_to(site).as_posix()
+    for path in ("index.html", "boards/labels.html", "heatmap.html", "compute.html", "download.html", cell):
+        go(page, site, path)
+        found = axe.run(page).response["violations"]
+        serious = [
+            (path, v["id"], v["nodes"][0]["html"][:150], v["nodes"][0].get("failureSummary", "")[:200])
+            for v in found
+            if v["impact"] in ("serious", "critical")
+        ]
+        assert serious == []
+    page.problems.clear()  # axe itself asks for stylesheets, which the policy refuses

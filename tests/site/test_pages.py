@@ -1,0 +1,183 @@
+"""The pages as files: complete without a script, escaped, linked, and the same for the same rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pyarrow.parquet as pq
+import pytest
+from site_rows import HOSTILE, site_rows, write_rows
+
+from leakbench.errors import UserError
+from leakbench.site.build import build, digest
+from leakbench.site.data import Options, slug
+from leakbench.site.pages.versions import history
+
+
+class Read(HTMLParser):
+    """Tags, links, ids and scripts of a page; open tags have to be closed."""
+
+    VOID = frozenset({"meta", "link", "img", "input", "br", "circle", "line", "rect", "path"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.ids, self.open, self.headings = [], [], [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        self.links += [attrs[key] for key in ("href", "src") if attrs.get(key)]
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, tag
+
+
+@pytest.fixture(scope="module")
+def read(site):
+    return {path.relative_to(site).as_posix(): Read(path.read_text()) for path in site.rglob("*.html")}
+
+
+def test_every_tag_is_closed_and_every_id_is_unique(read):
+    assert len(read) > 30
+    for name, page in read.items():
+        assert page.open == [], name
+        assert len(page.ids) == len(set(page.ids)), name
+
+
+def test_every_link_leads_to_a_file_and_an_anchor_of_the_site(site, read):
+    for name, page in read.items():
+        for link in page.links:
+            target, _, anchor = link.partition("#")
+            assert "://" not in link, (name, link)
+            path = ((site / name).parent / target).resolve() if target else (site / name).resolve()
+            assert path.is_file(), (name, link)
+            if anchor and path.suffix == ".html":
+                assert anchor in read[path.relative_to(site.resolve()).as_posix()].ids, (name, link)
+
+
+def test_what_strangers_wrote_is_text_and_never_markup(site, read):
+    told = [path for path in site.rglob("*.html") if "onerror" in path.read_text()]
+    assert len(told) >= 5  # boards, its own page, a task, rows, the reproduction
+    for page in read.values():
+        assert not [tag for tag, attrs in page.tags if "onerror" in attrs]
+        scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+        assert all("src" in attrs or attrs.get("type") == "application/json" for attrs in scripts)
+        assert not [attrs for _, attrs in page.tags if "style" in attrs or any(key.startswith("on") for key in attrs)]
+    assert all(re.fullmatch(r"[a-z0-9_./-]+", path.relative_to(site).as_posix()) for path in site.rglob("*"))
+
+
+def test_names_that_differ_have_files_that_differ():
+    names = ["llg", "LLG", "l/l/g", "../llg", "", HOSTILE, "a b", "a-b", "x" * 200, "x" * 201]
+    assert len({slug(name) for name in names}) == len(names)
+    assert slug("llg") == "llg"
+
+
+def test_every_table_has_a_caption_and_scopes_and_pages_a_policy(read):
+    for name, page in read.items():
+        tags = [tag for tag, _ in page.tags]
+        assert tags.count("table") == tags.count("caption"), name
+        assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.tags if tag == "th"), name
+        assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img"), name
+        policies = [a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+        assert len(policies) == 1
+        assert policies[0].startswith("default-src 'none'")
+        assert "unsafe" not in policies[0]
+        assert tags.count("h1") == 1, name
+
+
+def test_every_number_of_a_task_leads_to_rows_that_name_their_command(site):
+    (task,) = (site / "tasks").glob("mnist-mlp-untrained-b1-iid-gradient-labels-*.html")
+    links = set(re.findall(r'href="\.\./(cells/[^"]+)"', task.read_text()))
+    assert len(links) == 11  # five attacks, twice, and one that failed
+    rows = site_rows()
+    for link in links:
+        text = (site / link).read_text()
+        assert len(re.findall(r"<tr id=", text)) == 12
+        job, trial = re.search(r"leakbench reproduce (\S+):(\d+)</code>", text).groups()
+        assert any(row["job_id"] == job and row["trial"] == int(trial) for row in rows)
+
+
+def test_the_mean_of_a_cell_is_on_the_boards_and_on_its_page(site):
+    own = [r["instance_recall"] for r in site_rows() if r["job_id"] == "llgnone1" and r["target"] == "labels"]
+    mean = sum(own) / len(own)
+    text = (site / "attacks/llg.html").read_text()
+    link = re.search(rf'href="\.\./(cells/[^"]+)">{mean:.2f}<', text)
+    assert link
+    assert f"mean {mean:.4g} [" in (site / link[1]).read_text()
+
+
+def test_pages_show_rank_intervals_and_what_can_be_detected(site):
+    text = (site / "boards/labels.html").read_text()
+    assert "Minimum detectable difference: 0." in text
+    assert re.search(r"<small>rank 2–3</small>", text)  # idlg and rlg were drawn alike
+    pairs = json.loads(re.search(r'data-pairs="lane-0">(.*?)</script>', text, re.S)[1])
+    assert len(pairs) == 15
+    assert any("llg minus idlg" in value and "can be told apart" in value for value in pairs.values())
+
+
+def test_the_same_rows_give_the_same_files(results, site, tmp_path):
+    again = build([results], tmp_path / "again").index.parent
+    assert digest(again) == digest(site)
+
+
+def test_a_smaller_site_replaces_a_larger_one_and_nothing_else_is_overwritten(tmp_path):
+    rows = site_rows()
+    large, small = write_rows(tmp_path / "a.parquet", rows), write_rows(tmp_path / "b.parquet", rows[:12])
+    build([large], tmp_path / "site")
+    build([small], tmp_path / "site")
+    assert sorted(path.name for path in (tmp_path / "site/attacks").iterdir()) == ["llg.html"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("years of work")
+    with pytest.raises(UserError, match="no site"):
+        build([small], tmp_path / "thesis")
+
+
+def test_the_download_has_every_row(site, results):
+    assert pq.read_table(site / "rows.parquet").equals(pq.read_table(results / "rows.parquet"))
+    assert (site / "cite.bib").read_text().startswith("@misc{leakbench_")
+
+
+def test_the_index_is_light(site):
+    assert sum((site / name).stat().st_size for name in ("index.html", "site.css", "site.js")) < 500_000
+
+
+def test_a_reproduction_is_shown_and_a_damaged_one_left_out(tmp_path, results, site):
+    assert "agrees" in (site / "reproductions.html").read_text()
+    write_rows(tmp_path / "in/rows.parquet", site_rows()[:12])
+    (tmp_path / "in/reproduction.json").write_text('{"not": "a list"')
+    made = build([tmp_path / "in"], tmp_path / "out").index.parent
+    assert "No paper was reproduced" in (made / "reproductions.html").read_text()
+
+
+def test_files_that_hold_no_rows_are_refused_in_one_line(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="leave it out"):
+        build([tmp_path / "x.parquet"], tmp_path / "site")
+    with pytest.raises(UserError, match="no results at"):
+        build([tmp_path / "missing"], tmp_path / "site")
+
+
+def test_the_history_has_rules_and_boards_only(tmp_path):
+    log = tmp_path / "C.md"
+    log.write_text("# x\n## 0.2\n- [Rules] a `b`\n- [Code] c\n- [Board] d\n## 0.1\n- [Docs] e\n")
+    assert history(log) == [("0.2", [("Rules", "a b"), ("Board", "d")])]
+
+
+def test_a_code_link_is_https_or_absent(results, tmp_path):
+    made = build([results], tmp_path / "a", Options("javascript:alert(1)")).index.parent
+    assert "javascript:" not in (made / "attacks/llg.html").read_text()
+    made = build([results], tmp_path / "b", Options("https://example.org/code")).index.parent
+    assert 'href="https://example.org/code/blob/' in (made / "attacks/llg.html").read_text()
+
+
+def test_the_command_says_where_the_site_is_and_loads_no_torch(leakbench, results, tmp_path):
+    code, out, _ = leakbench("site", results, "--out", tmp_path / "made")
+    assert code == 0
+    assert f"open {tmp_path / 'made' / 'index.html'}" in out
