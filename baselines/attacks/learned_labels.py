@@ -80,9 +80,9 @@ class LearnedLabels(Attack):
         weight = shares.new_zeros(len(shares), features.shape[2], shares.shape[2])
         for trust in TRUST:
             factor = torch.where(torch.arange(features.shape[2], device=features.device) < known, 1.0, trust)
-            found, error = ridge(features * factor, shares - center)
-            weight = torch.where((error < best)[:, None, None], found * factor[:, None], weight)
-            best = torch.minimum(error, best)
+            found, lost = ridge(features * factor, shares - center)
+            weight = torch.where((lost < best)[:, None, None], found * factor[:, None], weight)
+            best = torch.minimum(lost, best)
         return {"mean": mean, "scale": scale, "weight": weight, "center": center}
 
     def run(self, observation: Observation) -> Recovery:

@@ -40,6 +40,7 @@ from leakbench_baselines.attacks.inverting_gradients import InvertingGradients
 from leakbench_baselines.attacks.learned_labels import LearnedLabels, draw_examples, ridge
 from leakbench_baselines.attacks.llg import LLG
 from leakbench_baselines.defenses.clip_l2 import ClipL2
+from leakbench_baselines.defenses.dp_sgd import DPSGD
 from leakbench_baselines.defenses.fp16 import FP16
 from leakbench_baselines.defenses.gaussian_noise import GaussianNoise
 from leakbench_baselines.defenses.int8 import Int8
@@ -279,6 +280,33 @@ def test_draws_are_averaged_and_paid_for():
     assert recovery.inputs.shape[1] == 2
     deterministic = observe(trials=2, defense=TopK(), known=True)[0]
     assert attack.fitted(deterministic).source == Defended(samples=1)
+
+
+@pytest.mark.parametrize("sends", ["delta", "weights"])
+@pytest.mark.parametrize(
+    "defense",
+    [
+        WeightNoise(scale=1e-6),
+        WeightSparsify(p=0.3),
+        LearningRatePerturbation(),
+        GaussianNoise(std=1e-6),
+        DPSGD(noise_multiplier=1e-6),
+    ],
+    ids=lambda defense: type(defense).__name__,
+)
+def test_local_steps_are_simulated_and_the_private_input_scores_best(defense, sends):
+    observation, true, _ = observe(
+        trials=2, batch=1, known=True, defense=defense, sends=sends, local_steps=2, batches="same"
+    )
+    assert isinstance(BayesAdaptive().fitted(observation).source, Defended)
+    before = observation.evaluations
+    own = observation.log_likelihood(observation.update, true, observation.labels)
+    other = observation.log_likelihood(observation.update, 1 - true, observation.labels)
+    assert observation.evaluations - before == 4
+    assert (own > other).all()
+    recovery = BayesAdaptive(steps=2).run(observation)
+    assert recovery.model_evaluations == 6
+    assert recovery.inputs.isfinite().all()
 
 
 def test_rows_do_not_depend_on_how_trials_are_cut():
