@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Attack, Knowledge, NotGranted, Observation, Recovery, UserError, register
-from leakbench.inversion import Adam, Comparison, Cosine, Inversion, OneStep, Rows
+from leakbench.inversion import Adam, Comparison, Cosine, Inversion, OneStep, Rows, TotalVariation
 
 REFERENCE = "instahide/mean"
+MIX = "mix"
 
 
 @register("instahide_decode", version=1)
 class InstaHideDecode(Attack):
     """InstaHide decoding: inverts every round's gradient, then solves |weights @ images| = |encodings|.
 
-    The first stage looks for inputs of either sign whose gradient has the direction of the update, with their mixed
-    labels. An absolute value removes InstaHide's signs. The absolute values of all encodings are mixtures of the same
-    few images: images and weights (each row sums to 1, none above what the defense allows) are fitted together by least
-    squares, the best of several starts. If the same batch was sent in several rounds, each has fresh weights and signs
-    and adds equations; one round has as many as there are images, and only the bounds of pixels and weights tell
-    solutions apart. The absolute value of a single input is claimed itself, each pixel with the sign that is possible
-    or, where both are, nearer to the auxiliary mean.
+    The first stage looks for inputs of either sign, and mixtures of the batch's labels, whose gradient has the
+    direction of the update. An absolute value removes InstaHide's signs. The absolute values of all encodings are
+    mixtures of the same few images: images and weights (each row sums to 1, none above what the defense allows) are
+    fitted together by least squares, the best of several starts. If the same batch was sent in several rounds, each has
+    fresh weights and signs and adds equations; one round has as many as there are images, and only the bounds of pixels
+    and weights tell solutions apart. The absolute value of a single input is claimed itself, each pixel with the sign
+    that is possible or, where both are, nearer to the auxiliary mean.
 
-    Sees: gradients of all layers in all rounds, weights, number of inputs; labels of a single input and auxiliary data
-    where granted. Behind an aggregate, or an update of several local steps, each round is matched by one gradient.
+    Sees: gradients of all layers in all rounds, weights, number of inputs; labels and auxiliary data where granted.
+    Behind an aggregate, or an update of several local steps, each round is matched by one gradient.
 
     A re-implementation: the paper clusters encodings with a learned similarity and assigns them before it solves for
     images, for thousands of encodings; a batch's encodings all hold the same few images, so that step falls away.
@@ -35,8 +38,9 @@ class InstaHideDecode(Attack):
     Args:
         steps: Iterations of the first stage, of all rounds together; fewer where the suite's budget of gradient
             evaluations ends earlier.
+        tv: Weight of the total variation of absolute values.
         lr: Learning rate of Adam in the first stage.
-        labels: Label attack for a single input where labels are not granted; of several the mixed labels are optimised.
+        labels: Label attack that runs first where labels are not granted.
         starts: Of the second stage.
         fits: Iterations of the second stage.
 
@@ -48,13 +52,21 @@ class InstaHideDecode(Attack):
     needs = frozenset({"batch_size", "weights"})
 
     def __init__(
-        self, *, steps: int = 4800, lr: float = 0.1, labels: str = "llg", starts: int = 8, fits: int = 600
+        self,
+        *,
+        steps: int = 4800,
+        tv: float = 1e-4,
+        lr: float = 0.1,
+        labels: str = "llg",
+        starts: int = 8,
+        fits: int = 600,
     ) -> None:
         if min(steps, starts, fits) < 1:
             raise UserError(
                 f"instahide_decode: expected steps, starts and fits of at least 1, got {steps}, {starts} and {fits}"
             )
         self.steps = steps
+        self.tv = tv
         self.lr = lr
         self.labels = labels
         self.starts = starts
@@ -70,7 +82,8 @@ class InstaHideDecode(Attack):
 
     def run(self, observation: Observation) -> Recovery:
         """Recover inputs (T, K * N, *input_shape)."""
-        several = observation.clients == 1 and len(observation.updates) > 1
+        # Every encoding of one input has the same absolute values: the last round is as good as all.
+        several = observation.clients == 1 and len(observation.updates) > 1 and observation.total_inputs > 1
         seen = [observation]
         if several:
             seen = [
@@ -97,10 +110,11 @@ class InstaHideDecode(Attack):
     def _inversion(self, knowledge: Knowledge, steps: int) -> Inversion:
         return Inversion(
             objective=Cosine(),
+            priors=(AbsoluteVariation(weight=self.tv),),
             optimiser=Adam(lr=self.lr, sign="hard", schedule="steps"),
             steps=steps,
-            labels=self.labels if knowledge.total_inputs == 1 else "joint",
-            source=EitherSign(),
+            labels=self.labels,
+            source=EitherSign(count=knowledge.total_inputs, classes=knowledge.num_classes),
         )
 
     def _with_signs(self, sizes: Tensor, observation: Observation) -> Tensor:
@@ -151,21 +165,53 @@ def _largest(knowledge: Knowledge) -> float:
     return float(str(found[0])) if found else 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class AbsoluteVariation(TotalVariation):
+    """Total variation of absolute values."""
+
+    def __call__(self, inputs: Tensor, rows: Rows) -> Tensor:
+        """Return the penalty of every row, (Q,)."""
+        return super().__call__(signed(inputs, rows.observation).abs(), rows)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EitherSign(OneStep):
-    """The gradient of inputs of either sign, for which those between the bounds stand."""
+    """The gradient of inputs of either sign, for which those between the bounds stand, and of mixed labels.
+
+    Args:
+        count: N.
+        classes: C.
+    """
+
+    count: int
+    classes: int
+
+    def unknowns(self, like: Tensor) -> dict[str, Tensor]:
+        """Return start values of the logits (Q, N, N) of which labels are mixed with which weights."""
+        own = torch.eye(self.count, dtype=like.dtype, device=like.device)
+        return {MIX: own.expand(len(like), -1, -1).clone()}
 
     def gradients(
         self, rows: Rows, inputs: Tensor, labels: Tensor, unknowns: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return gradients by name; see `leakbench.inversion.Source.gradients`."""
-        return super().gradients(rows, signed(inputs, rows.observation), labels, unknowns)
+        return super().gradients(
+            rows, signed(inputs, rows.observation), self._mixed(labels, inputs, unknowns), unknowns
+        )
 
     def compare(
         self, rows: Rows, inputs: Tensor, labels: Tensor, unknowns: Mapping[str, Tensor], *, elementwise: bool
     ) -> Comparison:
         """Compare with the target."""
-        stretched = inputs if elementwise else signed(inputs, rows.observation)
-        return super().compare(rows, stretched, labels, unknowns, elementwise=elementwise)
+        if elementwise:
+            return super().compare(rows, inputs, labels, unknowns, elementwise=True)
+        mixed = self._mixed(labels, inputs, unknowns)
+        return super().compare(rows, signed(inputs, rows.observation), mixed, unknowns, elementwise=False)
+
+    def _mixed(self, labels: Tensor, inputs: Tensor, unknowns: Mapping[str, Tensor]) -> Tensor:
+        """Return probabilities (Q, N, C)."""
+        soft = labels if labels.dim() == 3 else F.one_hot(labels, self.classes).to(inputs.dtype)
+        return unknowns[MIX].softmax(-1) @ soft
 
 
 def signed(inputs: Tensor, knowledge: Knowledge) -> Tensor:
