@@ -219,7 +219,7 @@ class _Costs:
             return line | {"no_utility_because": text}, np.empty(0)
         means = part.groupby("seed")[["drop", "utility", "accuracy"]].mean().astype(float)
         drawn = np.concatenate(list(resamples(len(means), "utility", keys["dataset"]))) / len(means)
-        line |= means.mean().to_dict()
+        line |= {str(name): value for name, value in means.mean().items()}
         line |= {"trainings": len(part), "failed_trainings": int((part["status"] != "ok").sum())}
         line["drop_low"], line["drop_high"] = interval(means["drop"].to_list())
         return line, drawn @ means["utility"].to_numpy()

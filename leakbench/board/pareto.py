@@ -83,7 +83,6 @@ def _panel(axes: Axes, part: pd.DataFrame) -> None:
     axes.set_title(f"{lane}, {first['target']}, {first['dataset']}", fontsize=10, fontweight="bold", loc="left")
     axes.axhline(0, color="#555555", linestyle="--", linewidth=1)
     axes.plot([0], [1], marker="P", color="#000000", markersize=9, linestyle="")
-    axes.annotate("undefended", (0, 1), xytext=(6, 4), textcoords="offset points", fontsize=8)
     handles, labels = [Line2D([], [], color="#000000", marker="P", linestyle="")], ["undefended"]
     lines = list(part.groupby("line", sort=True))
     for number, (_, own) in enumerate(lines[:MOST_LINES]):
