@@ -1,0 +1,137 @@
+"""The workflows: linted, pinned, least permissions, and made of commands that exist here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from leakbench.cli import cli
+from leakbench.suites import suite_paths
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+WORKFLOWS = [pytest.param(path, id=path.stem) for path in FILES]
+
+
+def read(path):
+    content = yaml.safe_load(path.read_text())
+    return content | {"on": content.pop(True)}  # YAML 1.1 takes `on` for a truth value
+
+
+def steps(path):
+    return [step for job in read(path)["jobs"].values() for step in job["steps"]]
+
+
+def tool(name):
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.is_file() else shutil.which(name)
+
+
+def test_the_four_workflows_are_there():
+    assert [path.stem for path in FILES] == ["canary", "evaluate-submission", "publish", "test"]
+
+
+@pytest.mark.skipif(tool("zizmor") is None, reason="zizmor is not installed")
+def test_zizmor_finds_nothing():
+    command = [tool("zizmor"), "--offline", "--no-progress", ROOT / ".github"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(tool("actionlint") is None, reason="actionlint is not installed: it has no wheel")
+def test_actionlint_finds_nothing():
+    done = subprocess.run([tool("actionlint"), *FILES], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", WORKFLOWS)
+def test_actions_are_pinned_by_commit_and_say_which_release(path):
+    uses = re.findall(r"uses: (.*)", path.read_text())
+    assert uses
+    for line in uses:
+        assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+
+
+@pytest.mark.parametrize("path", WORKFLOWS)
+def test_permissions_are_least_and_no_credential_stays(path):
+    workflow = read(path)
+    assert workflow["permissions"] == {}
+    assert "pull_request_target" not in workflow["on"]
+    assert "workflow_run" not in workflow["on"]
+    for name, job in workflow["jobs"].items():
+        assert set(job["permissions"].items()) <= {
+            ("contents", "read"),
+            ("id-token", "write"),
+            ("attestations", "write"),
+            ("pages", "write"),
+        }
+        assert job["timeout-minutes"]
+        writes = "write" in job["permissions"].values()
+        assert not (writes and "pull_request" in workflow["on"] and "workflow_dispatch" not in workflow["on"]), name
+    for step in steps(path):
+        if "checkout" in step.get("uses", ""):
+            assert step["with"]["persist-credentials"] is False
+
+
+@pytest.mark.parametrize("path", WORKFLOWS)
+def test_no_text_of_a_stranger_reaches_a_shell(path):
+    for step in steps(path):
+        assert "${{" not in step.get("run", ""), step["name"]
+
+
+def test_only_an_approved_dispatch_on_main_sees_a_secret():
+    for path in FILES:
+        for job in read(path)["jobs"].values():
+            if "secrets." in yaml.dump(job):
+                assert path.stem == "evaluate-submission"
+                assert job["environment"] == "scoring"
+                assert job["if"] == "github.event_name == 'workflow_dispatch' && github.ref == 'refs/heads/main'"
+
+
+def commands(path):
+    """Return the words of every leakbench command of a workflow."""
+    for step in steps(path):
+        text = step.get("run", "").replace("\\\n", " ")
+        for line in text.splitlines():
+            words = shlex.split(line)
+            for at, word in enumerate(words[:-1]):
+                if Path(word).name == "leakbench":
+                    yield words[at + 1 :]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS)
+def test_every_command_and_option_of_a_workflow_exists(path):
+    for name, *words in commands(path):
+        command = cli.commands[name]
+        known = {text for parameter in command.params for text in parameter.opts}
+        given = {word for word in words if word.startswith("--")}
+        assert given <= known, f"leakbench {name}: {given - known}"
+
+
+def test_commands_are_found_at_all():
+    assert {name for path in FILES for name, *_ in commands(path)} >= {"guard", "check", "evaluate", "run", "verify"}
+
+
+def test_suites_and_targets_that_workflows_name_exist():
+    offered = read(ROOT / ".github/workflows/evaluate-submission.yml")["on"]["workflow_dispatch"]["inputs"]["suite"]
+    assert set(offered["options"]) <= set(suite_paths())
+    assert offered["default"] in offered["options"]
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    used = {w for path in FILES for s in steps(path) for w in re.findall(r"\bmake ([a-z]+)", s.get("run", ""))}
+    assert used <= targets
+
+
+def test_forms_and_templates_are_whole():
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "title", "labels", "body"} <= set(form), path.name
+        ids = [part["id"] for part in form["body"]]
+        assert len(ids) == len(set(ids))
+    assert (ROOT / ".github" / "scorers.txt").read_text().splitlines()[-1] == "github-actions[bot]"
