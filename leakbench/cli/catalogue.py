@@ -78,12 +78,14 @@ def _show_tasks(tasks: list[dict[str, Any]]) -> None:
 
 @cli.command()
 @click.option("--measures", is_flag=True, help="Of the rows of `leakbench measure` instead.")
-def schema(measures: bool) -> None:
+@click.option("--utility", is_flag=True, help="Of the rows of `leakbench utility` instead.")
+def schema(measures: bool, utility: bool) -> None:
     """Print every column of a result row as a Markdown table."""
     from leakbench.measures.rows import MEASURE_FIELDS
     from leakbench.results import ROW_FIELDS, schema_markdown
+    from leakbench.utility.rows import UTILITY_FIELDS
 
-    click.echo(schema_markdown(MEASURE_FIELDS if measures else ROW_FIELDS))
+    click.echo(schema_markdown(UTILITY_FIELDS if utility else MEASURE_FIELDS if measures else ROW_FIELDS))
 
 
 @cli.command()
