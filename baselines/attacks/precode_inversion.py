@@ -42,7 +42,8 @@ class PrecodeInversion(InversionAttack):
         tv: Weight of the total variation.
         lr: Learning rate of Adam, as in ``inverting_gradients``.
         restarts: Random initialisations.
-        labels: Label attack that runs first where labels are not granted.
+        labels: Label attack that runs first where labels are not granted; ``bias_count`` is the better one under
+            PRECODE where the learning rate is known.
         noise: ``read`` where it can be, else ``searched``; or always ``searched``.
         layers: ``all`` or ``before`` the bottleneck: what is compared where noise is searched.
 

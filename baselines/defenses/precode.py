@@ -27,7 +27,8 @@ class Precode(Defense):
 
     Acts on: the model, and each local step's gradient, computed anew from the batch as the client trains on it. What
     other defenses made of the gradient before is lost: write precode first in a chain, and not with one that clips per
-    example. At one example the layers around the code give its noise away, see ``precode_inversion``.
+    example. At one example the layers around the code give its noise away, see ``precode_inversion``. The last layer's
+    inputs take either sign, which upsets label attacks on its weights but not those on its bias (``bias_count``).
 
     Args:
         size: Values of the code (K).
@@ -40,7 +41,7 @@ class Precode(Defense):
     acts_on = frozenset({"model", "step"})
     draws = "normal noise on the code of every example in every local step"
     likelihood = "simulated"
-    adaptive = ("analytic", "precode_inversion", "bayes_adaptive", "learning_to_invert", "learned_labels")
+    adaptive = ("analytic", "precode_inversion", "bayes_adaptive", "learning_to_invert", "bias_count", "learned_labels")
 
     def __init__(self, *, size: int = 256, beta: float = 1e-3) -> None:
         if size < 1:
