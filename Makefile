@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/leakbench run quick --workers $(WORKERS)
 	$(BIN)/leakbench board runs/quick
+	$(BIN)/leakbench site runs/quick --out runs/quick-site
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
