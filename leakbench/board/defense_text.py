@@ -54,6 +54,10 @@ def _number(value: Any, places: int = 2) -> str:
     return "-" if pd.isna(value) else f"{value:z.{places}f}"
 
 
+def _text(value: Any) -> str:
+    return "-" if pd.isna(value) else str(value)
+
+
 def _interval(value: Any, low: Any, high: Any, places: int = 2) -> str:
     text = _number(value, places)
     return text if text == "-" or pd.isna(low) else f"{text} [{_number(low, places)}, {_number(high, places)}]"
@@ -104,7 +108,7 @@ def _ranking(frame: pd.DataFrame) -> Iterator[Sheet]:
             for points in classes:
                 value, low, high = (line[f"{name}_at_{points}"] for name in ("privacy", "low", "high"))
                 rank, setting = line[f"rank_at_{points}"], line[f"setting_at_{points}"]
-                where = "" if setting is None else f" #{rank:.0f} {setting.removeprefix(line['defense'])}"
+                where = "" if pd.isna(setting) else f" #{rank:.0f} {setting.removeprefix(line['defense'])}"
                 texts.append(_interval(value, low, high) + where)
             volume = _interval(line["hypervolume"], line["hypervolume_low"], line["hypervolume_high"])
             lines.append([*texts, volume, f"{line['settings']}" + (" (partial)" if line["partial"] else "")])
@@ -133,7 +137,7 @@ def _settings(frame: pd.DataFrame) -> Iterator[Sheet]:
                     line["defense_label"],
                     _interval(line["privacy"], line["privacy_low"], line["privacy_high"]),
                     _number(line["privacy_static"]) if line["role"] == "defense" else "",
-                    line["worst_attack"] or "-",
+                    _text(line["worst_attack"]),
                     _interval(line["drop"], line["drop_low"], line["drop_high"], 1),
                     f"{line['tasks']}/{line['of_tasks']}",
                 ]
@@ -159,7 +163,7 @@ def _tasks(frame: pd.DataFrame) -> Iterator[Sheet]:
             worst = _interval(line["worst"], line["ci_low"], line["ci_high"], places)
             gap = _interval(line["gap"], line["gap_low"], line["gap_high"])
             privacy = _interval(line["privacy"], line["privacy_low"], line["privacy_high"])
-            lines.append([line["defense_label"], worst, line["worst_attack"] or "-", privacy, gap])
+            lines.append([line["defense_label"], worst, _text(line["worst_attack"]), privacy, gap])
         note = (
             f"undefended {_number(first['undefended'], places)} ({first['undefended_attack']}), floor "
             f"{_number(first['floor'], places)} ({first['floor_source']}); gap: what rested on attackers not knowing"

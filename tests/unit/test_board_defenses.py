@@ -303,8 +303,8 @@ def test_a_cohort_is_a_defense_of_the_same_task_with_one_client(task, expected):
 
 @pytest.fixture(scope="module")
 def tables():
-    attacks = [attacked("a|b", 0.9, 0.1), attacked("a|b", 0.5, 1.0), attacked("c", 0.3)]
-    costs = [trained("a|b", [0.9, 1.0, 1.1], 0.1), trained("a|b", [3, 4, 5], 1.0)]
+    attacks = [attacked("a|b", 0.9, 0.1), attacked("a|b", 0.5, 1.0), attacked("c", 0.3), attacked("dear", 0.1)]
+    costs = [trained("a|b", [0.9, 1.0, 1.1], 0.1), trained("a|b", [3, 4, 5], 1.0), trained("dear", [30] * 3)]
     return ranked(attacks, costs)[2]
 
 
@@ -313,6 +313,7 @@ def test_every_form_says_who_leads_and_why_another_has_no_rank(tables):
     defense_text.terminal(tables, Console(file=stream, width=140))
     for text in (stream.getvalue(), defense_text.markdown(tables).replace("\\|", "|")):
         assert "0.50 [" in text
+        assert "nan" not in text.lower()
         assert "#1 (std=1.0)" in text
         assert "not ranked: c: no federated training with it on this dataset" in text
     found = json.loads(defense_text.to_json(tables))
