@@ -35,8 +35,8 @@ class BayesAdaptive(InversionAttack):
     A re-implementation: the paper tunes steps, learning rate and weights of its priors for every defense, where one set
     serves all here. Likelihoods count per entry of the update, so that the prior's weight means the same on all nets.
     Step size and schedule are those of Inverting Gradients. So is the prior's weight where a defense declares a score
-    of its own making; beside a log-density the prior is a log-density too, of Laplace differences between neighbours,
-    and a candidate is taken at its best scale, without which the search is slower than one by cosine.
+    of its own making; beside a log-density the prior is a log-density too, of Laplace differences between neighbours.
+    A candidate's update is taken at its best scale, without which the search is slower than one by cosine.
 
     Args:
         steps: Iterations; fewer where the suite's budget of gradient evaluations ends earlier.
@@ -85,13 +85,13 @@ class BayesAdaptive(InversionAttack):
         if not known or knowledge.clients > 1:
             return self.inversion
         draws = any(part.draws for part in knowledge.defense.inside.parts)
-        weight, scaled = self.tv, knowledge.defense.scored_by == "density"
-        if scaled:
+        weight = self.tv
+        if knowledge.defense.scored_by == "density":
             parameters = knowledge.model.parameters
             entries = sum(value[0].numel() for name, value in parameters.items() if name not in knowledge.withheld)
             # The prior of a mean over pixels, beside a mean over entries of the update.
             weight = self.smoothness * knowledge.total_inputs * math.prod(knowledge.input_spec.shape) / max(1, entries)
-        return self._with(Defended(samples=self.samples if draws else 1, scaled=scaled), Likelihood(), weight)
+        return self._with(Defended(samples=self.samples if draws else 1, scaled=True), Likelihood(), weight)
 
     def _with(self, source: OneStep | Defended, objective: Cosine | Likelihood, weight: float) -> Inversion:
         return Inversion(

@@ -13,7 +13,7 @@ FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def box_fit(sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], half: Mapping[str, Tensor]) -> Tensor:
-    """Return how far ``clean`` is outside of ``sent`` -+ ``half``, in units of ``half``, summed and negative, (T,).
+    """Return -1/2 times the sum of squares of how far ``clean`` is outside of ``sent`` -+ ``half``, in ``half``s, (T,).
 
     All values inside are as likely, as after rounding; outside the slope is finite, so that candidates find inside.
     """
@@ -21,7 +21,7 @@ def box_fit(sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], half: Mappi
     for name, value in sent.items():
         width = torch.where(half[name] > 0, half[name], torch.finfo(value.dtype).tiny)
         away = (clean[name] - value).abs() / width
-        each.append(-(away - 1).clamp(min=0).flatten(1).sum(1))
+        each.append(-(away - 1).clamp(min=0).square().flatten(1).sum(1) / 2)
     return torch.stack(each).sum(0)
 
 

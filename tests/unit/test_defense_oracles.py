@@ -273,13 +273,13 @@ def test_without_grant_or_simulation_it_is_inverting_gradients():
 def test_draws_are_averaged_and_paid_for():
     observation, _, _ = observe(trials=2, batch=2, defense=Mixup(), known=True, budget=12)
     attack = BayesAdaptive(steps=100, samples=3)
-    assert attack.fitted(observation).source == Defended(samples=3)
+    assert attack.fitted(observation).source == Defended(samples=3, scaled=True)
     recovery = attack.run(observation)
     # Three steps and a last look, of three draws each.
     assert recovery.model_evaluations == observation.evaluations == 12
     assert recovery.inputs.shape[1] == 2
     deterministic = observe(trials=2, defense=TopK(), known=True)[0]
-    assert attack.fitted(deterministic).source == Defended(samples=1)
+    assert attack.fitted(deterministic).source == Defended(samples=1, scaled=True)
 
 
 @pytest.mark.parametrize("sends", ["delta", "weights"])
