@@ -76,8 +76,12 @@ class Setting:
         return plan([cell], season)
 
     def candidates(self, season: Season) -> list[Job]:
-        """Return the trainings by which the learning rate is chosen: all rates with the first seed."""
-        return [job for lr in self.grid.lr for job in self.jobs(lr, 1, season)]
+        """Return the trainings by which the learning rate is chosen: all rates with the first seed.
+
+        Of a single rate all seeds, as there is nothing to choose.
+        """
+        seeds = 1 if len(self.grid.lr) > 1 else self.grid.seeds
+        return [job for lr in self.grid.lr for job in self.jobs(lr, seeds, season)]
 
 
 def settings(suite: Suite, defenses: Sequence[str] = ()) -> list[Setting]:

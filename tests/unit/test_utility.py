@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -37,27 +38,25 @@ from leakbench.utility.summary import compared, interval, table
 pytestmark = pytest.mark.usefixtures("one_cache")
 NET = {"name": "mlp", "params": {"width": 8, "depth": 1}}
 SMALL = {"dataset": "digits", "architecture": NET, "clients": 3, "rounds": 4, "batch_size": 8, "lr": [0.5], "seeds": 1}
-DEFENSES = '''
-from leakbench import Defense
-
-class Crash(Defense):
+HEAD = "from leakbench import Defense\n\nclass Mine(Defense):\n"
+DEFENSES = {
+    "crash": """
     def step(self, grads, ctx):
         if ctx.round == 2:
             raise ValueError("a defense that crashes")
         return grads
-
-class Nonsense(Defense):
+""",
+    "nonsense": """
     def update(self, update, ctx):
         return {name: value * float("nan") for name, value in update.items()}
-
-class Same(Defense):
-    """Has the net built and judged in a child, and changes nothing."""
+""",
+    # Has the net built and judged in a child, and changes nothing.
+    "same": """
     acts_on = frozenset({"model"})
     def model(self, model):
         return model
-'''
-
-
+""",
+}
 PRIVATE, FED_BACK = "dp_sgd(noise_multiplier=0.0, clip=1e9)", "topk(p=0.9, error_feedback=True)"
 EPSILON = "dp_sgd(noise_multiplier=4.0, clip=1.0)"
 NOISE, SPARSE = "gaussian_noise(std=0.1)", "topk(p=0.8)"
@@ -65,18 +64,19 @@ NOISE, SPARSE = "gaussian_noise(std=0.1)", "topk(p=0.8)"
 
 @pytest.fixture(scope="module")
 def mine(one_cache, tmp_path_factory):
-    path = tmp_path_factory.mktemp("entries") / "mine.py"
-    path.write_text(DEFENSES)
-    own = [f"{path}:{name}" for name in ("Crash", "Nonsense", "Same")]
+    folder = tmp_path_factory.mktemp("entries")
+    for name, body in DEFENSES.items():
+        (folder / f"{name}.py").write_text(HEAD + body)
+    own = {name: f"{folder / name}.py:Mine" for name in DEFENSES}
     known = (PRIVATE, EPSILON, FED_BACK, NOISE, SPARSE, "sign", "fp16", "qsgd")
-    resolve_all([("defense", text) for text in (*own, *known)])  # in one child instead of many
-    return path
+    resolve_all([("defense", text) for text in (*own.values(), *known)])  # in one child instead of many
+    return own
 
 
 @pytest.fixture(scope="module")
 def runner(mine, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    with UtilityRunner(out, season=DEVELOPMENT, isolation="process", files=[mine]) as started:
+    out, files = tmp_path_factory.mktemp("out"), [Path(text.rpartition(":")[0]) for text in mine.values()]
+    with UtilityRunner(out, season=DEVELOPMENT, isolation="process", files=files) as started:
         yield started
 
 
@@ -269,14 +269,14 @@ def test_a_net_with_batch_norm_is_judged_with_the_statistics_that_clients_sent(r
 SAME = ["status", "accuracy", "accuracy_holdout", "curve", "upload_bytes", "checkpoint_sha256", "client_sizes"]
 
 
-def test_rows_do_not_depend_on_workers(runner, mine, tmp_path):
+def test_rows_do_not_depend_on_workers(runner, tmp_path):
     planned = jobs(NOISE, FED_BACK, lr=[0.2, 0.5])
 
     class Quiet:
         def finished(self, outcome):
             pass
 
-    with UtilityRunner(tmp_path, season=DEVELOPMENT, isolation="process", workers=2, files=[mine]) as other:
+    with UtilityRunner(tmp_path, season=DEVELOPMENT, isolation="process", workers=2) as other:
         assert run_jobs(planned, other, Quiet(), workers=2).statuses == {"ok": 6}
         found = {path.stem: pd.read_parquet(path).iloc[0] for path in (tmp_path / "utility").glob("*/*/*.parquet")}
     for job in planned:
@@ -288,13 +288,13 @@ def test_rows_do_not_depend_on_workers(runner, mine, tmp_path):
 
 
 def test_a_net_that_a_defense_builds_is_judged_like_any_other(runner, mine):
-    plain, built = jobs(f"{mine}:Same")
+    plain, built = jobs(mine["same"])
     assert row_of(runner, built)["curve"] == row_of(runner, plain)["curve"]
 
 
 def test_what_fails_or_diverges_is_of_no_use_and_the_others_go_on(leakbench, mine, tmp_path):
     out, path = tmp_path / "out", tmp_path / "tiny.yaml"
-    content = suite(partition=["iid"], seeds=2, defenses=[f"{mine}:Crash", f"{mine}:Nonsense", "sign"]).content()
+    content = suite(partition=["iid"], seeds=2, defenses=[mine["crash"], mine["nonsense"], "sign"]).content()
     path.write_text(json.dumps(content))
     command = ("utility", path, "--out", out, "--workers", 1, "--isolation", "process")
     code, printed, _ = leakbench(*command)
@@ -303,7 +303,7 @@ def test_what_fails_or_diverges_is_of_no_use_and_the_others_go_on(leakbench, min
     assert "8 of 8 trainings run" in printed
     rows = load_utility(out).set_index(["defense", "seed"])
     for seed in (0, 1):
-        crash, nonsense = rows.loc[("Crash", seed)], rows.loc[("Nonsense", seed)]
+        crash, nonsense = rows.loc[("crash", seed)], rows.loc[("nonsense", seed)]
         assert (crash["status"], nonsense["status"]) == ("error", "invalid")
         assert (crash["rounds_done"], nonsense["rounds_done"]) == (2, 0)
         for failed in (crash, nonsense):
