@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 
@@ -17,11 +17,12 @@ from leakbench.board.columns import CELL_KEYS, Cell, entry_label, entry_paramete
 from leakbench.board.lanes import LaneTable, lane_frame, lane_tables
 from leakbench.board.measures import tables as measure_tables
 from leakbench.board.score import board_of, build_cells
+from leakbench.entries import Description, try_describe
 from leakbench.errors import UserError
 from leakbench.gallery import Entry, read_gallery
 from leakbench.results import holds_measures, load_measures
 from leakbench.site.loading import load, row_files
-from leakbench.sources import Kind
+from leakbench.sources import Kind, sources
 
 LANE_TITLES = {
     "legacy_upper_bound": "one image, labels known (legacy upper bound)",
@@ -126,11 +127,15 @@ class Data:
 
     @cached_property
     def descriptions(self) -> dict[tuple[Kind, str], dict[str, Any]]:
-        """What installed entries say of themselves, by kind and name."""
-        from leakbench.listing import list_items
-
-        kinds: tuple[tuple[Kind, Any], ...] = (("attack", "attacks"), ("defense", "defenses"))
-        return {(kind, item["name"]): item for kind, listed in kinds for item in list_items(listed)}
+        """What installed entries that have rows say of themselves, by kind and name."""
+        found: dict[tuple[Kind, str], dict[str, Any]] = {}
+        for kind in get_args(Kind):
+            registry = sources(kind)
+            known = [registry.get(name) for name in sorted(set(self.board[kind])) if name in registry]
+            for source, answer in zip(known, try_describe(known), strict=True):
+                if isinstance(answer, Description):
+                    found[(kind, source.name)] = answer.content()
+        return found
 
 
 def cell_id(keys: Sequence[Any]) -> str:

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from site_rows import HOSTILE, site_rows, write_rows
+from site_rows import HOSTILE, OPTIONS, site_rows, write_rows
 
 from leakbench.site.build import build
 
@@ -24,7 +24,7 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="session")
 def site(results, tmp_path_factory):
     """The folder of its site."""
-    return build([results], tmp_path_factory.mktemp("site")).index.parent
+    return build([results], tmp_path_factory.mktemp("site"), OPTIONS).index.parent
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leakbench.schema import arrow_schema
+from leakbench.site.data import Options
 from leakbench.tasks import BatchSpec
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))  # rows as the tests of boards make them
 from board_rows import INPUTS, LABELS, make
 
+OPTIONS = Options(changelog=Path(__file__))  # no history: that of the checkout changes
 HOSTILE = "<img src=x onerror=alert(1)>\"'&</script><script>alert(2)</script>"
 """What a stranger might call a thing."""
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from site_rows import HOSTILE, site_rows, write_rows
+from site_rows import HOSTILE, OPTIONS, site_rows, write_rows
 
+from leakbench.board import curves
 from leakbench.errors import UserError
 from leakbench.site.build import build, digest
 from leakbench.site.data import Options, slug
+from leakbench.site.pages import defenses, localization
 from leakbench.site.pages.versions import history
 
 
@@ -123,7 +128,7 @@ def test_pages_show_rank_intervals_and_what_can_be_detected(site):
 
 
 def test_the_same_rows_give_the_same_files(results, site, tmp_path):
-    again = build([results], tmp_path / "again").index.parent
+    again = build([results], tmp_path / "again", OPTIONS).index.parent
     assert digest(again) == digest(site)
 
 
@@ -181,3 +186,29 @@ def test_the_command_says_where_the_site_is_and_loads_no_torch(leakbench, result
     code, out, _ = leakbench("site", results, "--out", tmp_path / "made")
     assert code == 0
     assert f"open {tmp_path / 'made' / 'index.html'}" in out
+
+
+def test_layers_stand_in_their_order_with_a_chart_that_says_what_it_shows():
+    from measure_rows import frame, measured
+
+    from leakbench.board.measures import tables
+
+    values = {"fc.weight": [0.7, 0.9], "conv.weight": [0.3, 0.1]}
+    data = SimpleNamespace(measures=tables(frame(measured("sensitivity_share", values))))
+    (page,) = localization.pages(data)
+    (table,) = page.context["tables"]
+    assert [line.values[0].text for line in table.lines] == ["fc.weight", "conv.weight"]
+    assert table.lines[0].values[2].text == "0.800"
+    assert "fc.weight 0.8, conv.weight 0.2" in table.chart
+
+
+def test_privacy_stands_against_the_accuracy_it_costs():
+    keys = ("season", "season_commitment", "benchmark_version", "lane", "target", "dataset")
+    common = dict.fromkeys([*keys, *curves.SETTING_COLUMNS, *curves.CURVE_KEYS], "x") | {"role": "defense", "tasks": 2}
+    numbers = {"privacy_low": 0.4, "privacy_high": 0.6, "drop_low": 0.5, "drop_high": 1.5, "worst_task_privacy": 0.3}
+    own = {"defense": "topk", "curve": "topk", "defense_label": "topk(p=0.9)", "unranked_because": None}
+    lines = [common | numbers | own | {"privacy": p, "drop": d} for p, d in ((0.5, 1.0), (0.9, 7.0), (np.nan, 1.0))]
+    (table,) = defenses.against_cost(pd.DataFrame(lines))
+    assert [line.values[1].text for line in table.lines] == ["0.50", "0.90"]
+    assert "topk: topk(p=0.9) 0.5, topk(p=0.9) 0.9" in table.chart
+    assert list(defenses.against_cost(pd.DataFrame(lines[2:]))) == []

@@ -23,9 +23,13 @@ PROVENANCE = (
 """What is told of a cell's first row."""
 
 
+SHORT = 16
+"""Digits of a job's id that name it among the jobs of a site."""
+
+
 def row_id(job: str, trial: int) -> str:
-    """Return the name of a row."""
-    return f"{job}:{trial}"
+    """Return the name of a row as `leakbench reproduce` takes it."""
+    return f"{job[:SHORT]}:{trial}"
 
 
 def pages(data: Data) -> Iterator[Page]:
@@ -80,11 +84,14 @@ def _body(cell: Cell, jobs: Any, evaluations: Any) -> Markup:
         rows["error"].tolist(),
         strict=True,
     )
-    safe = {text: str(escape(text)) for text in {*rows["status"].tolist(), *jobs.tolist(), *rows["error"].tolist()}}
+    safe = {
+        text: str(escape(text))
+        for text in {*rows["status"].tolist(), *(job[:SHORT] for job in jobs.tolist()), *rows["error"].tolist()}
+    }
     lines = [
         f'<tr id="t{trial}-{draw}"><th scope="row">{trial}</th><td>{draw}</td><td>{safe[status]}</td>'
         f"<td>{_number(value)}</td><td>{_number(reference)}</td><td>{_number(exact)}</td><td>{_number(count)}</td>"
-        f'<td>{_number(seconds)}</td><td class="x"><code>{safe[job]}:{trial}</code></td>'
+        f'<td>{_number(seconds)}</td><td class="x"><code>{safe[job[:SHORT]]}:{trial}</code></td>'
         f'<td class="x">{"" if error is None else safe[error]}</td></tr>'
         for trial, draw, status, value, reference, exact, count, seconds, job, error in columns
     ]

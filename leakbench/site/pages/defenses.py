@@ -1,7 +1,7 @@
 """The board of defenses: on every task the worst attack, and what it leaves of the undefended leakage.
 
-A table is a module-level function from data to tables, listed in `TABLES`: a new one, such as privacy against the
-accuracy it costs, is a new entry.
+Where defended federations were trained, privacy against the accuracy that it costs stands above. A table is a function
+from data to tables, listed in `TABLES`: a new one is a new entry.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pandas as pd
 
+from leakbench.board.pareto import chosen
 from leakbench.board.score import defense_worst_case, group_ids
+from leakbench.errors import UserError
+from leakbench.results import holds_utility
+from leakbench.site.charts import MOST_SERIES, Point, curves
 from leakbench.site.data import Data, cell_page, defense_page, slug, task_page
 from leakbench.site.page import Page
 from leakbench.site.table import Column, Line, Table, Value, interval, number, places, whole
@@ -61,7 +65,65 @@ def worst_case(data: Data) -> Iterator[Table]:
         )
 
 
-TABLES: tuple[Callable[[Data], Iterator[Table]], ...] = (worst_case,)
+def privacy_utility(data: Data) -> Iterator[Table]:
+    """Yield a table with its chart per lane, target and dataset on which defended federations were trained."""
+    trained = [folder for folder in data.folders if holds_utility(folder)]
+    if trained:
+        from leakbench.board.defense_view import read
+
+        yield from against_cost(read(trained)["settings"])
+
+
+def against_cost(settings: pd.DataFrame) -> Iterator[Table]:
+    """Yield privacy against lost accuracy.
+
+    Args:
+        settings: What `leakbench.board.curves.settings_frame` returns.
+    """
+    try:
+        drawn = chosen(settings)
+    except UserError:
+        return  # attacked or trained, and none of them both
+    for place, (_, part) in enumerate(drawn.groupby("panel", sort=True)):
+        first = part.iloc[0]
+        title = f"Privacy against accuracy: {first['lane']}, {first['target']}, {first['dataset']}"
+        series = [
+            (
+                str(own["curve"].iloc[0]),
+                [
+                    Point(
+                        line["drop"], line["privacy"], line["privacy_low"], line["privacy_high"], line["defense_label"]
+                    )
+                    for line in own.sort_values("drop").to_dict("records")
+                ],
+            )
+            for _, own in part.groupby("line", sort=True)
+        ]
+        name = f"cost-{place}"
+        chart = curves(f"{name}-chart", title, ("points of accuracy lost", "privacy"), series[:MOST_SERIES], zero=True)
+        lines = []
+        for line in part.to_dict("records"):
+            here = f"{defense_page(line['defense'])}"
+            values = [
+                Value(line["defense_label"], href=here),
+                interval(line["privacy"], line["privacy_low"], line["privacy_high"], 2, here),
+                interval(line["drop"], line["drop_low"], line["drop_high"], 2),
+                number(line["worst_task_privacy"], 2, here),
+                Value("–" if pd.isna(line["worst_attack"]) else str(line["worst_attack"])),
+                whole(line["tasks"], here),
+                Value("" if pd.isna(line["unranked_because"]) else str(line["unranked_because"])),
+            ]
+            lines.append(Line(values, slug(str(line["defense_label"]))))
+        columns = [
+            Column("defense"), Column("privacy", True, note="1 nothing leaks, [95%]"),
+            Column("accuracy lost", True, note="points, lower is better, [95%]"),
+            Column("worst task", True, note="privacy there"), Column("worst attack there"), Column("tasks", True),
+            Column("not ranked because"),
+        ]  # fmt: skip
+        yield Table(name, title, columns, lines, compare=True, chart=chart)
+
+
+TABLES: tuple[Callable[[Data], Iterator[Table]], ...] = (privacy_utility, worst_case)
 """What the page shows, in order."""
 
 

@@ -54,7 +54,7 @@ def _context(data: Data, kind: Kind, name: str, cells: pd.DataFrame) -> dict[str
     hashes = sorted(set(cells[f"{kind}_source_sha256"].dropna()))
     facts: list[tuple[str, str, str]] = [("source of the rows", ", ".join(h[:16] for h in hashes) or "–", "sha256")]
     intro, text, reference = [], "", ""
-    if told and "error" not in told:
+    if told:
         facts += [(key, _plain(told.get(key)), "") for key in _SHOWN if told.get(key) not in (None, (), [], {}, "")]
         intro, text = [str(told["summary"])], str(told["doc"]).partition("\n")[2].partition("\nReference:")[0].strip()
         reference = str(told.get("reference", ""))
