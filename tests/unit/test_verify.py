@@ -1,0 +1,235 @@
+"""`leakbench verify`, seals, reruns and badges, on rows of a real run and on forgeries of them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import leakbench.tasks as tasks
+from leakbench import evaluate
+from leakbench.errors import UserError
+from leakbench.results import ROWS_SHA256, load_rows, rows_sha256
+from leakbench.schema import task_columns
+from leakbench.submitting.badges import Statement, Statements, badges
+from leakbench.submitting.identity import task_of, wrong_task_columns
+from leakbench.submitting.rerun import compare, find_job, is_row_id, rerun
+from leakbench.submitting.seal import NAMESPACE, SEAL, write_seal
+from leakbench.submitting.verify import verify
+from leakbench.suites import read_suite, suite_paths
+
+pytestmark = pytest.mark.usefixtures("one_cache")
+
+TASK = tasks.Task(
+    dataset="digits",
+    architecture=tasks.Architecture(name="mlp"),
+    batch=tasks.BatchSpec(size=4, sampler="unbalanced"),
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, one_cache):
+    """Rows of two attacks on one task, one of them against a chain of defenses."""
+    out = tmp_path_factory.mktemp("results") / "rows"
+    evaluate("llg", TASK, trials=3, isolation="none", out=out)
+    evaluate("random_labels", TASK, "gaussian_noise+topk", trials=3, isolation="none", out=out)
+    return out
+
+
+@pytest.fixture
+def copy(results, tmp_path):
+    return shutil.copytree(results, tmp_path / "rows")
+
+
+def job(folder, attack="llg"):
+    """Return the file of an attack's rows."""
+    (path,) = (p for p in folder.glob("*/*/*.parquet") if pq.read_table(p)["attack"][0].as_py() == attack)
+    return path
+
+
+def rewrite(path, values, *, hash_again=True, **footer):
+    """Change columns of a file as a careful forger would."""
+    table = pq.read_table(path)
+    for name, value in values.items():
+        at = table.column_names.index(name)
+        column = pa.array([value] * len(table), type=table.schema.field(at).type)
+        table = table.set_column(at, table.schema.field(at), column)
+    notes = {k.decode(): v.decode() for k, v in table.schema.metadata.items()} | footer
+    if hash_again:
+        notes[ROWS_SHA256] = rows_sha256(table)
+    pq.write_table(table.replace_schema_metadata(notes), path)
+
+
+def refused(folder, **options):
+    return [problem.text for problem in verify([folder], **options).problems]
+
+
+def test_honest_rows_are_not_refused(results):
+    found = verify([results])
+    assert found.problems == []
+    assert (found.files, found.rows) == (2, 6)
+    assert any("no SHA256SUMS" in note.text for note in found.notes)
+
+
+FORGED = [
+    ({"instance_recall": 0.123}, False, "forged or damaged"),
+    ({"instance_recall": 1.5}, True, "is no share"),
+    ({"task_hash": "f" * 64}, True, "task_hash is ffffffffffff"),
+    ({"batch_size": 8}, True, "but the task in its columns has"),
+    ({"task": "mnist-lenet"}, True, "contradict the task"),
+    ({"lane": None}, True, "lane contradict"),
+    ({"attack_source_sha256": "a" * 64}, True, "job id"),
+    ({"attack": "ilrg"}, True, "job id"),
+    ({"attack_version": 9}, True, "job id"),
+    ({"attack_params": '{"x":1}'}, True, "job id"),
+    ({"threads": 8}, True, "job id"),
+    ({"season_commitment": "b" * 64}, True, "another key"),
+    ({"job_id": "c" * 64}, True, "whose place is another"),
+    ({"max_label_count": 1}, True, "max_label_count of a victim"),
+    ({"trial": 0}, True, "duplicate: trial 0 has 3 rows"),
+    ({"status": "timeout"}, True, "with a value"),
+    ({"benchmark_version": "0.1"}, True, "rows of another version: benchmark 0.1"),
+]
+
+
+@pytest.mark.parametrize(("values", "hash_again", "says"), FORGED, ids=[next(iter(f[0])) + f[2][:9] for f in FORGED])
+def test_a_forged_row_is_refused_and_why_is_said(copy, values, hash_again, says):
+    rewrite(job(copy), values, hash_again=hash_again)
+    assert any(says in text for text in refused(copy)), refused(copy)
+
+
+def test_a_row_of_another_schema_is_refused(copy):
+    rewrite(job(copy), {}, **{"leakbench.schema_version": "1"})
+    assert any("rows of another version: schema 1" in text for text in refused(copy))
+
+
+def test_a_job_that_is_there_twice_is_refused(copy, results):
+    shutil.copytree(copy, copy / "again", ignore=shutil.ignore_patterns("again"))
+    assert any(text.startswith("duplicate: ") for text in refused(copy))
+    assert any(problem.text.startswith("duplicate: ") for problem in verify([copy, results]).problems)
+
+
+def test_a_cut_file_and_one_of_another_tool_are_refused(copy):
+    path = job(copy)
+    pq.read_table(path).to_pandas().to_parquet(job(copy, "random_labels"))
+    path.write_bytes(path.read_bytes()[:-100])
+    assert sum("no whole result file" in text for text in refused(copy)) == 2
+
+
+def test_an_added_column_or_a_missing_one_is_refused(copy):
+    path = job(copy)
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["lr"]).append_column("mine", pa.array([1] * len(table))), path)
+    texts = refused(copy)
+    assert "lacks the column 'lr'" in texts
+    assert "has the unknown column 'mine'" in texts
+
+
+def test_a_seal_tells_a_changed_a_missing_and_an_added_file(copy, leakbench):
+    assert leakbench("verify", copy, "--seal")[0] == 0
+    assert (copy / SEAL).read_text().count("\n") == 2
+    assert str(copy) in verify([copy]).sealed
+    # The rows of a careful forger agree with themselves, so that only the seal can tell.
+    rewrite(job(copy), {"instance_recall": 0.25, "instance_precision": 0.25})
+    other = job(copy, "random_labels")
+    other.rename(other.with_name("more.parquet"))
+    code, out, _ = leakbench("verify", copy)
+    assert code == 1
+    assert "is not the file that was sealed" in out
+    assert "rows were taken away" in out
+    assert "rows were added after sealing" in out
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
+def test_a_signature_tells_who_sealed(copy, tmp_path):
+    write_seal(copy)
+    for name in ("ours", "theirs"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    signers = tmp_path / "signers"
+    signers.write_text("scorer@example.org " + (tmp_path / "ours.pub").read_text())
+
+    def sign(name):
+        (copy / f"{SEAL}.sig").unlink(missing_ok=True)
+        command = ["ssh-keygen", "-q", "-Y", "sign", "-f", tmp_path / name, "-n", NAMESPACE, copy / SEAL]
+        subprocess.run(command, check=True, capture_output=True)
+
+    sign("ours")
+    assert verify([copy], signers=signers).sealed == {str(copy): "scorer@example.org"}
+    sign("theirs")
+    assert any("no signature by" in text for text in refused(copy, signers=signers))
+    sign("ours")
+    (copy / SEAL).write_text((copy / SEAL).read_text() + "\n")
+    assert any("is not scorer@example.org's signature" in text for text in refused(copy, signers=signers))
+
+
+def test_every_task_of_every_suite_is_found_again_from_its_columns():
+    known = {h: task for path in suite_paths().values() for h, task in read_suite(path).tasks().items()}
+    assert len(known) > 100
+    for task in known.values():
+        row = task_columns(task)
+        assert task_of(row) == task
+        assert wrong_task_columns(row, task) == []
+
+
+def test_a_row_runs_again_bit_by_bit_and_a_changed_one_does_not(copy):
+    path = job(copy)
+    row_id = f"{path.stem[:12]}:1"
+    found = rerun(row_id, [copy], isolation="none")
+    assert found.agrees
+    assert found.differs == []
+    assert {line.trial for line in found.lines} == {1}
+    assert any(line.metric == "instance_recall" and line.tolerance == 0 for line in found.lines)
+    _, now = find_job(row_id, [copy])
+    rewrite(path, {"instance_recall": 0.123})
+    _, then = find_job(row_id, [copy])
+    again = compare(row_id, "job", then, now, 1)
+    assert [line.metric for line in again.lines if not line.agrees] == ["instance_recall"]
+
+
+def test_another_machine_has_a_tolerance_and_it_ends(results):
+    _, rows = find_job(job(results).stem, [results])
+
+    def moved(by, **columns):
+        return [row | columns | {"instance_recall": row["instance_recall"] + by} for row in rows]
+
+    near, far = moved(5e-7, torch="0.0"), moved(2e-4, torch="0.0")
+    assert compare("a", "job", rows, near).agrees
+    assert not compare("a", "job", rows, far).agrees
+    assert not compare("a", "job", rows, moved(5e-7)).agrees
+
+
+def test_a_row_whose_entry_has_changed_is_not_run_as_if_it_had_not(copy):
+    rewrite(job(copy), {"attack_source_sha256": "a" * 64, "job_id": "c" * 64})
+    with pytest.raises(UserError, match="the code of attack llg has changed since"):
+        rerun(job(copy).stem, [copy], isolation="none")
+
+
+def test_row_ids_are_told_from_papers():
+    assert all(map(is_row_id, ("3fa9c2d1", "3fa9c2d1:17", "a" * 64)))
+    assert not any(map(is_row_id, ("ilrg", "dlm", "3fa9", "3fa9c2d1:", "deadbeef:x")))
+
+
+def test_badges_follow_from_rows_seals_and_statements(results):
+    rows = load_rows(results)
+    assert set(badges(rows, sealed=True)) == {"claimed"}  # the key of the development season is public
+    official = rows.assign(season="spring", isolation="bwrap", git_dirty=False)
+    assert set(badges(official, sealed=False)) == {"claimed"}
+    assert set(badges(official, sealed=True)) == {"rerun"}
+    elsewhere = official.assign(host_kind="another")
+    assert set(badges(official, sealed=True, again=official)) == {"rerun"}
+    assert set(badges(official, sealed=True, again=elsewhere)) == {"reproduced"}
+    other = elsewhere.assign(instance_recall=elsewhere["instance_recall"] + 0.01)
+    assert set(badges(official, sealed=True, again=other)) == {"rerun"}
+    version = int(rows.loc[rows["attack"] == "llg", "attack_version"].iloc[0])
+    said = Statement(kind="attack", name="llg", version=version, by="its author", link="https://example.org/1")
+    of = official["attack"]
+    found = badges(official, sealed=True, statements=Statements(confirmed=[said]))
+    assert found.groupby(of).unique().map(list).to_dict() == {"llg": ["confirmed"], "random_labels": ["rerun"]}
+    chain = Statement(kind="defense", name="topk", version=2, by="a reader", link="https://example.org/2")
+    found = badges(official, sealed=True, statements=Statements(disputed=[chain]))
+    assert found.groupby(of).unique().map(list).to_dict() == {"llg": ["rerun"], "random_labels": ["rerun disputed"]}
+    settled = Statements(disputed=[chain.model_copy(update={"settled": True})])
+    assert set(badges(official, sealed=True, statements=settled)) == {"rerun"}
