@@ -19,7 +19,7 @@ def write_rows(data: Data, path: Path) -> Path:
         waiting: list[pa.Table] = []
         for table in everything(data.files):
             waiting.append(table.select(schema.names).cast(schema))
-            if sum(map(len, waiting)) >= 50_000:
+            if sum(map(len, waiting)) >= 20_000:
                 writer.write_table(pa.concat_tables(waiting).combine_chunks())
                 waiting = []
         if waiting:
