@@ -218,7 +218,7 @@ def _job(
     outcome = names[names.index("status") :] if names else []
     provenance = ("code_sha256", "benchmark_version", "isolation", "host_kind", "device", "torch", "threads")
     for name in [n for n in names if n not in outcome] + list(provenance):
-        if table.column(name).combine_chunks().unique().__len__() > 1:
+        if name in table.column_names and len(table.column(name).unique()) > 1:
             yield f"rows of one job differ in {name!r}"
     if path != job_path(store, first["job_id"], first["season"]):
         yield f"holds the rows of job {first['job_id'][:12]}... of season {first['season']!r}, whose place is another"
