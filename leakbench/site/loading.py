@@ -22,6 +22,7 @@ LEFT_OUT = frozenset({"notes", "isolation_detail", "planted_tensors", "schema_ve
 
 COLUMNS = tuple(field.name for field in ROW_FIELDS if field.name not in LEFT_OUT)
 _TEXTS = [field.name for field in ROW_FIELDS if field.type == pa.string()]
+_FEW_FILES = 64
 _ORDER = tuple(key for key in CELL_KEYS if key != "checkpoint")
 
 
@@ -53,30 +54,49 @@ def load(files: Sequence[Path]) -> pd.DataFrame:
     Raises:
         UserError: A file is not one of rows of this schema version.
     """
-    tables = [_read(path) for path in files]
-    tables.sort(key=_place)
-    whole = pa.concat_tables(tables).unify_dictionaries()
-    del tables
-    rows: pd.DataFrame = whole.to_pandas(split_blocks=True, self_destruct=True)
-    del whole
+    files = list(files)
+    frames = []
+    # Columns in turns, so that Arrow's copy of all and that of pandas are never held at once; of many files, opening
+    # them again would take longer than it saves.
+    step = len(COLUMNS) if len(files) > _FEW_FILES else -(-len(COLUMNS) // 5)
+    for start in range(0, len(COLUMNS), step):
+        tables = [_read(path, COLUMNS[start : start + step]) for path in files]
+        if not start and len(files) > 1:
+            firsts = [_place(path, table) for path, table in zip(files, tables, strict=True)]
+            order = sorted(range(len(files)), key=lambda i: firsts[i])
+            files, tables = [files[i] for i in order], [tables[i] for i in order]
+        whole = pa.concat_tables(tables).unify_dictionaries()
+        del tables
+        frames.append(whole.to_pandas(split_blocks=True, self_destruct=True))
+        del whole
+        pa.default_memory_pool().release_unused()
+    rows = pd.concat(frames, axis=1)
+    del frames
     for name, values in rows.items():
         if isinstance(values.dtype, pd.CategoricalDtype):
             rows[name] = values.cat.reorder_categories(sorted(values.cat.categories))
     return latest_rows(rows.dropna(subset=["attack"]) if rows["attack"].isna().any() else rows)
 
 
-def _place(table: pa.Table) -> tuple[str, ...]:
-    first = table.slice(0, 1)
-    return (*(str(first[key][0].as_py()) for key in _ORDER), f"{first['trial'][0].as_py():012d}")
+def _place(path: Path, table: pa.Table) -> tuple[str, ...]:
+    """Return where the rows of a file belong: by cell, then by trial."""
+    missing = [key for key in (*_ORDER, "trial") if key not in table.column_names]
+    parts = [table.slice(0, 1)]
+    if missing:
+        parts.append(pq.read_table(path, columns=missing, use_threads=False).slice(0, 1))
+    values = {
+        key: str(part[key][0].as_py()) for part in parts for key in (*_ORDER, "trial") if key in part.column_names
+    }
+    return (*(values[key] for key in _ORDER), f"{values['trial']:>012}")
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
-        table = pq.read_table(path, columns=list(COLUMNS), read_dictionary=_TEXTS, use_threads=False)
+        table = pq.read_table(path, columns=list(columns), read_dictionary=_TEXTS, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: expected a Parquet file of rows ({str(error)[:80]}); leave it out") from None
-    if table.column_names != list(COLUMNS):
-        missing = sorted(set(COLUMNS) - set(table.column_names))
+    if table.column_names != list(columns):
+        missing = sorted(set(columns) - set(table.column_names))
         raise UserError(
             f"{path}: expected rows of schema version {SCHEMA_VERSION}, got a file without {', '.join(missing[:3])}; "
             "leave it out"

@@ -17,6 +17,7 @@ from leakbench.board import curves
 from leakbench.errors import UserError
 from leakbench.site.build import build, digest
 from leakbench.site.data import Options, slug
+from leakbench.site.loading import load
 from leakbench.site.pages import defenses, localization
 from leakbench.site.pages.versions import history
 
@@ -212,3 +213,11 @@ def test_privacy_stands_against_the_accuracy_it_costs():
     assert [line.values[1].text for line in table.lines] == ["0.50", "0.90"]
     assert "topk: topk(p=0.9) 0.5, topk(p=0.9) 0.9" in table.chart
     assert list(defenses.against_cost(pd.DataFrame(lines[2:]))) == []
+
+
+def test_rows_are_the_same_in_one_file_and_in_several(tmp_path):
+    rows, order = site_rows(), ["task_hash", "target", "attack", "defense", "trial"]
+    files = [write_rows(tmp_path / f"{i}.parquet", part) for i, part in enumerate((rows, rows[100:], rows[:100]))]
+    whole, split = (load(own).astype(object).sort_values(order, ignore_index=True) for own in (files[:1], files[1:]))
+    pd.testing.assert_frame_equal(whole, split)
+    assert len(whole) == len(rows)
