@@ -10,10 +10,11 @@ which trial, is told by the board: `leakbench.board.autoleak`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from leakbench.errors import UserError
+from leakbench.parts import content_hash
 
 NAME = "autoleak"
 """The expression."""
@@ -140,7 +141,10 @@ def item() -> dict[str, Any]:
         "name": NAME,
         "summary": f"A fixed ensemble of attacks without parameters, version {VERSION}: worst mean, worst per trial.",
         "version": VERSION,
+        "needs": [],
         "recovers": list(ENSEMBLES),
+        "params": {},
+        "source_sha256": content_hash({target: asdict(ensemble) for target, ensemble in ENSEMBLES.items()}),
         "members": {target: list(ensemble.members) for target, ensemble in ENSEMBLES.items()},
         "model_evaluations": {target: ensemble.evaluations for target, ensemble in ENSEMBLES.items()},
         "floor": f"the same maximum over the same members against {CONTROL}, which suites get on their own",

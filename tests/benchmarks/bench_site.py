@@ -49,25 +49,21 @@ def write(path: Path, tasks: int) -> int:
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for number in range(tasks):
             task, template = templates[number % 2]
-            parts = []
-            for attack in range(ATTACKS):
-                for defense in range(DEFENSES):
-                    values = rng.normal(0.4 + 0.02 * attack, 0.1, TRIALS).clip(0, 1)
-                    own = template.assign(
-                        task=f"{task.id}-{number}",
-                        task_hash=f"{number:064x}",
-                        attack=f"attack{attack}",
-                        attack_label=f"attack{attack}",
-                        defense=f"defense{defense}" if defense else "none",
-                        defense_label=f"defense{defense}" if defense else "none",
-                        job_id=f"{count:064x}",
-                        instance_recall=(values * 8).round() / 8 if task is LABELS else np.nan,
-                        psnr=10 + 20 * values if task is INPUTS else np.nan,
-                        psnr_floor=rng.normal(9, 1, TRIALS) if task is INPUTS else np.nan,
-                    )
-                    parts.append(own)
-                    count += TRIALS
-            frame = pd.concat(parts, ignore_index=True)
+            frame = template.iloc[np.tile(np.arange(TRIALS), ATTACKS * DEFENSES)].reset_index(drop=True)
+            cell = np.arange(len(frame)) // TRIALS
+            attack, defense = cell // DEFENSES, cell % DEFENSES
+            values = rng.normal(0.4 + 0.02 * attack, 0.1).clip(0, 1)
+            names = np.array([f"attack{i}" for i in range(ATTACKS)])[attack]
+            against = np.array(["none", *(f"defense{i}" for i in range(1, DEFENSES))])[defense]
+            frame["task"], frame["task_hash"] = f"{task.id}-{number}", f"{number:064x}"
+            frame["attack"] = frame["attack_label"] = names
+            frame["defense"] = frame["defense_label"] = against
+            frame["job_id"] = [f"{number * ATTACKS * DEFENSES + own:064x}" for own in cell]
+            if task is LABELS:
+                frame["instance_recall"] = (values * 8).round() / 8
+            else:
+                frame["psnr"], frame["psnr_floor"] = 10 + 20 * values, rng.normal(9, 1, len(frame))
+            count += len(frame)
             writer.write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
     return count
 
