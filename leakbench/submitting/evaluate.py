@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from leakbench.board.defenses import defenses
 from leakbench.board.lanes import lanes
-from leakbench.board.score import cells, defense_worst_case
 from leakbench.entries import Description
 from leakbench.errors import UserError
 from leakbench.grids import Cell
@@ -136,11 +136,11 @@ def _among_attacks(own: pd.DataFrame, others: pd.DataFrame, told: Description) -
 
 def _among_defenses(own: pd.DataFrame, others: pd.DataFrame, told: Description) -> pd.DataFrame:
     """Return, task by task, the worst that the suite's attacks do to the entry and to other defenses."""
-    table = defense_worst_case(cells(pd.concat([own, others], ignore_index=True)))
+    table = defenses(pd.concat([own, others], ignore_index=True))
     table["own"] = (table["defense"] == told.name) & (table["defense_source_sha256"] == told.source_sha256)
     names = ["task", "defense_label", "own", "privacy", "worst_attack", "worst", "ci_low", "ci_high", "undefended"]
     table = table.sort_values(["task", "privacy"], ascending=[True, False], kind="stable")
-    return table[[*names, "reference", "unranked_because"]].reset_index(drop=True)
+    return table[[*names, "floor", "unranked_because"]].reset_index(drop=True)
 
 
 def text(found: Evaluated) -> list[str]:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from leakbench.board import render
-from leakbench.board.score import TABLE_COLUMNS, cells, defense_worst_case
+from leakbench.board.defenses import defenses
+from leakbench.board.score import TABLE_COLUMNS, cells
 from leakbench.board.stats import MIN_PAIRS, bootstrap, rank_groups
 from leakbench.metrics import METRICS
 from leakbench.results import load_rows, write_job
@@ -255,47 +256,8 @@ def test_a_frame_without_attacks_is_an_empty_board():
     assert board.empty
     assert [*board.columns] == [*cells(frame(make([0.5]))).columns]
     assert cells(frame(make([0.5], attack=None))).empty
-    assert defense_worst_case(board).empty
     assert json.loads(render.to_json(board))["cells"] == []
     render.terminal(board, console=Console(file=io.StringIO()))
-
-
-def test_the_worst_attack_decides_the_privacy_of_a_defense():
-    weak, strong = "weak", "strong"
-    board = cells(
-        frame(
-            make([0.5] * 4, weak),
-            make([1.0] * 4, strong),
-            make([0.3] * 4, weak, defense="noise"),
-            make([0.6] * 4, strong, defense="noise"),
-        )
-    )
-    table = defense_worst_case(board).set_index("defense")
-    noise = table.loc["noise"]
-    assert (noise["worst_attack"], noise["attacks"]) == (strong, 2)
-    assert noise["worst"] == pytest.approx(0.6)
-    assert noise["undefended"] == 1
-    assert noise["privacy"] == pytest.approx((1.0 - 0.6) / (1.0 - 0.2))
-    assert table.loc["none", "privacy"] == 0
-    assert table["unranked_because"].isna().all()
-
-
-def test_a_defense_is_unranked_where_an_attack_failed_or_was_not_run():
-    board = cells(
-        frame(
-            make([1.0] * 4, "a"),
-            make([1.0] * 4, "b"),
-            make([0.3, 0.3, 0.3, None], "a", defense="crashes"),
-            make([0.3] * 4, "b", defense="crashes"),
-            make([0.3] * 4, "a", defense="untested"),
-            make([0.3] * 4, "a", defense="fine"),
-            make([None] * 4, "b", defense="fine", statuses=["not_applicable"] * 4),
-        )
-    )
-    reasons = defense_worst_case(board).set_index("defense")["unranked_because"]
-    assert reasons["crashes"] == "failed: a"
-    assert reasons["untested"] == "not run: b"
-    assert pd.isna(reasons["fine"])
 
 
 @pytest.mark.parametrize(
@@ -316,16 +278,15 @@ def test_a_defense_that_changes_what_is_seen_of_the_model_has_no_lane_even_where
     rows = make([0.2] * 4, defense="hide")
     for row in rows[:2]:
         row |= {"model_shown": "defended", "lane": None}
-    board = cells(frame(make([0.9] * 4), make([0.5] * 4, defense="topk"), rows)).set_index("defense")
+    everything = frame(make([0.9] * 4), make([0.5] * 4, defense="topk"), rows)
+    board = cells(everything).set_index("defense")
     assert board["n"].to_dict() == {"none": 4, "topk": 4, "hide": 4}
     assert board["ranked"].to_dict() == {"none": True, "topk": True, "hide": False}
     assert pd.isna(board.loc["hide", "lane"])
     assert board["defense_note"].fillna("").to_dict() == {"none": "", "topk": "", "hide": "overstates protection"}
-    worst = defense_worst_case(board.reset_index()).set_index("defense")
-    assert worst.loc["hide", "unranked_because"] == "overstates protection"
-    assert np.isnan(worst.loc["hide", "privacy"])
+    worst = defenses(everything).set_index("defense")
+    assert "overstates protection" in worst.loc["hide", "unranked_because"]
     assert worst.loc["topk", "privacy"] == pytest.approx(0.4 / 0.7)
-    assert pd.isna(worst.loc["topk", "unranked_because"])
 
 
 def test_rows_from_the_store_make_the_same_board(tmp_path):

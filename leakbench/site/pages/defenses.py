@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pandas as pd
 
+from leakbench.board.defenses import defenses
 from leakbench.board.pareto import chosen
-from leakbench.board.score import defense_worst_case, group_ids
+from leakbench.board.score import group_ids
 from leakbench.errors import UserError
 from leakbench.results import holds_utility
 from leakbench.site.charts import MOST_SERIES, Point, curves
@@ -23,8 +24,8 @@ from leakbench.site.table import Column, Line, Table, Value, interval, number, p
 def worst_case(data: Data) -> Iterator[Table]:
     """Yield a table per target: every defense on every task under the worst attack."""
     board = data.board
-    found = defense_worst_case(board)
-    found = found[found["defense"] != "none"]
+    found = defenses(data.rows)
+    found = found[found["role"] == "defense"]
     cells = {
         (line["task_hash"], line["checkpoint"], line["season"], line["defense_label"], line["attack_label"]): line["id"]
         for line in board.to_dict("records")
@@ -42,7 +43,7 @@ def worst_case(data: Data) -> Iterator[Table]:
                 Value(line["dataset"]),
                 number(line["privacy"], 2, here),
                 interval(line["worst"], line["ci_low"], line["ci_high"], places(target), here),
-                number(line["reference"], places(target), here),
+                number(line["floor"], places(target), here),
                 number(line["undefended"], places(target), task_page(line["task"], line["task_hash"])),
                 Value("–" if pd.isna(line["worst_attack"]) else line["worst_attack"], href=here),
                 whole(line["attacks"], here),
