@@ -33,6 +33,10 @@ COLUMNS = {
 """Every table with its columns, in the order of printing."""
 
 
+WIDTH = 110
+"""Least width of printed tables, in characters: labels of defenses are long."""
+
+
 @dataclass(frozen=True)
 class Sheet:
     """One printed table.
@@ -54,8 +58,9 @@ def _number(value: Any, places: int = 2) -> str:
     return "-" if pd.isna(value) else f"{value:z.{places}f}"
 
 
-def _text(value: Any) -> str:
-    return "-" if pd.isna(value) else str(value)
+def _attack(label: Any) -> str:
+    """Return an attack's name without its parameters, for want of room; JSON and CSV have them."""
+    return "-" if pd.isna(label) else str(label).partition("(")[0]
 
 
 def _interval(value: Any, low: Any, high: Any, places: int = 2) -> str:
@@ -113,7 +118,9 @@ def _ranking(frame: pd.DataFrame) -> Iterator[Sheet]:
             volume = _interval(line["hypervolume"], line["hypervolume_low"], line["hypervolume_high"])
             lines.append([*texts, volume, f"{line['settings']}" + (" (partial)" if line["partial"] else "")])
         out = part[part["unranked_because"].notna()]
-        said = [f"not ranked: {name}: {why}" for name, why in zip(out["curve"], out["unranked_because"], strict=True)]
+        said = [
+            f"not ranked, {why}: {', '.join(own['curve'])}" for why, own in out.groupby("unranked_because", sort=False)
+        ]
         yield Sheet(
             f"defenses, {_title(first)}",
             ["defense", *(f"privacy at <= {points} points lost" for points in classes), "hypervolume", "strengths"],
@@ -137,7 +144,7 @@ def _settings(frame: pd.DataFrame) -> Iterator[Sheet]:
                     line["defense_label"],
                     _interval(line["privacy"], line["privacy_low"], line["privacy_high"]),
                     _number(line["privacy_static"]) if line["role"] == "defense" else "",
-                    _text(line["worst_attack"]),
+                    _attack(line["worst_attack"]),
                     _interval(line["drop"], line["drop_low"], line["drop_high"], 1),
                     f"{line['tasks']}/{line['of_tasks']}",
                 ]
@@ -163,7 +170,7 @@ def _tasks(frame: pd.DataFrame) -> Iterator[Sheet]:
             worst = _interval(line["worst"], line["ci_low"], line["ci_high"], places)
             gap = _interval(line["gap"], line["gap_low"], line["gap_high"])
             privacy = _interval(line["privacy"], line["privacy_low"], line["privacy_high"])
-            lines.append([line["defense_label"], worst, _text(line["worst_attack"]), privacy, gap])
+            lines.append([line["defense_label"], worst, _attack(line["worst_attack"]), privacy, gap])
         note = (
             f"undefended {_number(first['undefended'], places)} ({first['undefended_attack']}), floor "
             f"{_number(first['floor'], places)} ({first['floor_source']}); gap: what rested on attackers not knowing"
@@ -181,7 +188,7 @@ def _autoleak(frame: pd.DataFrame) -> Iterator[Sheet]:
             [
                 line["defense_label"],
                 _interval(line["worst"], line["ci_low"], line["ci_high"], places),
-                line["worst_member"].partition("(")[0],
+                _attack(line["worst_member"]),
                 _number(line["reference"], places),
                 _number(line["maximum"], places),
                 _number(line["maximum_floor"], places),
@@ -232,9 +239,7 @@ def _overlap(frame: pd.DataFrame) -> Iterator[Sheet]:
         shares = {(line["member"], line["other"]): line["share"] for line in part.to_dict("records")}
         lines = [[one, *(_number(shares.get((one, other))) for other in names)] for one in names]
         note = "share of the trials in which the member of the line is above chance or floor and the other is as good"
-        yield Sheet(
-            f"overlap of AutoLeak's members, {target}", ["", *(n.partition("(")[0] for n in names)], lines, [note]
-        )
+        yield Sheet(f"overlap of AutoLeak's members, {target}", ["", *map(_attack, names)], lines, [note])
 
 
 _SHEETS = {
@@ -260,6 +265,8 @@ def terminal(tables: Mapping[str, pd.DataFrame], console: Console | None = None)
     from rich.text import Text
 
     console = console or Console()
+    if console.width < WIDTH:
+        console.width = WIDTH
     for note in notes(tables):
         console.print(Text(note, style="bold"))
     for sheet in sheets(tables):
