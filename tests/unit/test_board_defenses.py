@@ -315,7 +315,7 @@ def test_every_form_says_who_leads_and_why_another_has_no_rank(tables):
         assert "0.50 [" in text
         assert "nan" not in text.lower()
         assert "#1 (std=1.0)" in text
-        assert "not ranked: c: no federated training with it on this dataset" in text
+        assert "not ranked, no federated training with it on this dataset: c" in text
     found = json.loads(defense_text.to_json(tables))
     assert set(found) == {"meta", *defense_text.COLUMNS}
     for name, lines in found.items():
