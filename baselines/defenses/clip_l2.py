@@ -72,7 +72,7 @@ class ClipL2(Defense):
     strength = ("bound", "lower")
     neutral = MappingProxyType({"bound": 1e30})
     likelihood = "surrogate"
-    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
+    adaptive = ("analytic", "bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, bound: float = 1.0, per_layer: bool = False) -> None:
         if bound <= 0:

@@ -29,7 +29,7 @@ class InputNoise(Defense):
     neutral = MappingProxyType({"std": 0.0})
     draws = "noise on every input"
     likelihood = "simulated"
-    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
+    adaptive = ("analytic", "bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, std: float = 0.1) -> None:
         if std < 0:

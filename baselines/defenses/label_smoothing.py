@@ -32,7 +32,7 @@ class LabelSmoothing(Defense):
     strength = ("alpha", "higher")
     neutral = MappingProxyType({"alpha": 0.0})
     likelihood = "simulated"
-    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels", "soft_label", "llg")
+    adaptive = ("analytic", "bayes_adaptive", "learning_to_invert", "learned_labels", "soft_label", "llg")
 
     def __init__(self, *, alpha: float = 0.1) -> None:
         if not 0 <= alpha <= 1:

@@ -35,7 +35,7 @@ class LearningRatePerturbation(Defense):
     neutral = MappingProxyType({"width": 0.0})
     draws = "the learning rate of a round"
     likelihood = "surrogate"
-    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels", "dlm_plus")
+    adaptive = ("analytic", "bayes_adaptive", "learning_to_invert", "learned_labels", "dlm_plus")
 
     def __init__(self, *, width: float = 0.5) -> None:
         if not 0 <= width < 1:

@@ -21,7 +21,7 @@ class NoLastBias(Defense):
     """
 
     acts_on = frozenset({"model"})
-    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels", "llg")
+    adaptive = ("analytic", "bayes_adaptive", "learning_to_invert", "learned_labels", "llg")
 
     def model(self, model: nn.Module) -> nn.Module:
         """Remove the bias.
