@@ -3,6 +3,8 @@
 Privacy is 1 - (L - floor) / (undefended - floor), in [0, 1]: L is the worst mean over attacks on the defense,
 undefended the worst mean without one, and the floor what is had without the update: chance (labels, inference) or the
 best floor (inputs), or what an attack reaches where nothing is sent (`leakbench.autoleak.CONTROL`), whichever is more.
+Static privacy is the same of those attacks alone that the defense does not name, on both sides: what they reach
+undefended is its undefended level, so that who changes nothing has neither privacy nor a gap.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from leakbench.board.score import build_cells, plain
 from leakbench.board.stats import CONFIDENCE, MIN_PAIRS, resamples, separable
 from leakbench.stage import IN_TRAINING
 
-TABLE_KEYS = ("season", "season_commitment", "benchmark_version", "lane", "target", "dataset")
+TABLE_KEYS = ("season", "season_commitment", "benchmark_version", "lane", "target", "dataset", "dataset_fingerprint")
 """What a table of defenses shares."""
 
 MIN_SPAN = {"labels": 0.05, "inputs": 1.0, "attribute": 0.05, "membership": 0.05}
@@ -40,7 +42,7 @@ STANDING_COLUMNS = {
     "ci_low": "lower end of its 95% interval",
     "ci_high": "upper end of its 95% interval",
     "floor": "what is had without the update",
-    "floor_source": "reference, or the attack that reached it where nothing is sent",
+    "floor_source": "reference; reference, no control run; or the attack that reached it where nothing is sent",
     "undefended": "worst mean where nobody defends",
     "undefended_attack": "attack that reached it",
     "informative": "whether undefended is far enough above the floor; other tasks are left out of what follows",
@@ -48,10 +50,10 @@ STANDING_COLUMNS = {
     "privacy_low": "lower end of its 95% interval, the attacks held fixed",
     "privacy_high": "upper end of its 95% interval",
     "static_attack": "worst attack that the defense does not name",
-    "privacy_static": "privacy under attacks that it does not name",
+    "privacy_static": "privacy under attacks that it does not name, of what they reach undefended; null: nothing",
     "adaptive_attack": "worst attack that the defense names",
     "privacy_adaptive": "privacy under attacks that it names",
-    "gap": "privacy_static - privacy_adaptive: what rested on attackers not knowing",
+    "gap": "privacy_static - privacy: what rested on attackers not knowing; null: no named attack counted",
     "gap_low": "lower end of its 95% interval",
     "gap_high": "upper end of its 95% interval",
     "warnings": "reasons to doubt the privacy; null: none",
@@ -74,6 +76,7 @@ class Standing:
         worst: Values of the worst attack by trial.
         draws: (R,) privacy in every resample of the table's trials; empty where there is no privacy.
         in_training: Whether what it sent in a federated training was attacked.
+        columns: What rows of the task say of net and protocol, by column.
     """
 
     keys: dict[str, Any]
@@ -84,6 +87,7 @@ class Standing:
     paired: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
     draws: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False)
     in_training: bool = False
+    columns: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def table(self) -> tuple[Any, ...]:
@@ -135,9 +139,13 @@ def standings(rows: pd.DataFrame, recovers: Mapping[str, Collection[str]] | None
     found: list[Standing] = []
     for cells in comparable(build_cells(rows)):
         found += _task(cells, declared, known)
-    stages = rows.drop_duplicates("task_hash").set_index("task_hash")["stage"]
+    tasks = {
+        str(line["task_hash"]): {str(key): plain(value) for key, value in line.items()}
+        for line in rows.drop_duplicates("task_hash").to_dict("records")
+    }
     for one in found:
-        one.in_training = stages[one.keys["task_hash"]] == IN_TRAINING
+        one.columns = tasks[one.keys["task_hash"]]
+        one.in_training = one.columns["stage"] == IN_TRAINING
     tables: dict[tuple[Any, ...], list[Standing]] = {}
     for one in found:
         tables.setdefault(one.table, []).append(one)
@@ -178,6 +186,10 @@ def by_trial(cell: Cell, values: NDArray[np.float64]) -> pd.Series[float]:
     return series if series.index.is_unique else series.groupby(level=0).mean()
 
 
+def _values(cell: Cell) -> pd.Series[float]:
+    return by_trial(cell, cell.values(cell.metric))
+
+
 def _task(
     cells: list[Cell], declared: Mapping[tuple[Any, ...], Mapping[Any, Any]], known: Mapping[str, set[str]]
 ) -> list[Standing]:
@@ -192,9 +204,10 @@ def _task(
     weights = (plainly or cells)[0].keys["checkpoint"]
     floor, source = None, None
     if undefended is not None:
-        floor, source = by_trial(undefended, undefended.reference(undefended.metric)), "reference"
+        source = "reference, no control run" if nothing is None else "reference"
+        floor = by_trial(undefended, undefended.reference(undefended.metric))
         if nothing is not None and nothing.score.mean > floor.mean():
-            floor, source = by_trial(nothing, nothing.values(nothing.metric)), _label(nothing)
+            floor, source = _values(nothing), _label(nothing)
     found = []
     for key, own in chains.items():
         said = declared[key]
@@ -220,16 +233,18 @@ def _task(
         if worst is not None:
             line |= {"worst_attack": _label(worst), "worst": worst.score.mean}
             line |= {"ci_low": worst.score.low, "ci_high": worst.score.high}
-            one.worst = by_trial(worst, worst.values(worst.metric))
+            one.worst = _values(worst)
         if undefended is not None and floor is not None:
-            level = by_trial(undefended, undefended.values(undefended.metric))
             line |= {"undefended": undefended.score.mean, "undefended_attack": _label(undefended)}
             line |= {"floor": float(floor.mean()), "floor_source": source}
-            line["informative"] = _informative(undefended, level, floor)
-            shown = (("privacy", worst), ("privacy_static", static), ("privacy_adaptive", adaptive))
-            for name, most in shown if line["informative"] else ():
+            line["informative"] = _informative(undefended, floor)
+            unaware = _worst([cell for cell in plainly if cell.keys["attack"] not in named])
+            shown = [("privacy", worst, undefended), ("privacy_adaptive", adaptive, undefended)]
+            if unaware is not None and _informative(unaware, floor):
+                shown.append(("privacy_static", static, unaware))
+            for name, most, reached in shown if line["informative"] else ():
                 if most is not None:
-                    columns = {"value": by_trial(most, most.values(most.metric)), "undefended": level, "floor": floor}
+                    columns = {"value": _values(most), "undefended": _values(reached), "floor": floor}
                     one.paired[name] = pd.DataFrame(columns).dropna()
         if named:
             line["static_attack"] = None if static is None else _label(static)
@@ -245,8 +260,8 @@ def _named(said: Mapping[Any, Any]) -> set[str]:
     return {name for part in json.loads(said["defense_adaptive"]) for name in part}
 
 
-def _informative(undefended: Cell, level: pd.Series[float], floor: pd.Series[float]) -> bool:
-    target = str(undefended.keys["target"])
+def _informative(undefended: Cell, floor: pd.Series[float]) -> bool:
+    level, target = _values(undefended), str(undefended.keys["target"])
     if not level.mean() - floor.mean() >= MIN_SPAN[target]:
         return False
     return len(level) < MIN_PAIRS or separable(level, floor, "informative", *undefended.keys.values())
@@ -263,21 +278,15 @@ def _problems(own: list[Cell], plainly: list[Cell], named: set[str], known: Mapp
         problems.append(f"names no attack on {target} that knows it")
     ran = {cell.keys["attack"] for cell in own}
     problems += [f"not run: {name}" for name in sorted(asked - ran)]
-    idle = {name for name in asked & ran if not _counts(own, name)}
-    # What the task does not admit, and nobody could run, is no gap, as long as another that knows the defense was run.
-    if idle < asked & ran:
-        idle -= {name for name in idle if any(c.keys["attack"] == name for c in plainly) and not _counts(plainly, name)}
-    failing = {cell.keys["attack"] for cell in failed}
-    problems += [f"not applicable: {name}" for name in sorted(idle - failing)]
+    # What the task does not admit, and nobody can run, is no gap, as long as another that knows the defense was run.
+    if not any(cell.keys["attack"] in asked and cell.count("ok") for cell in own):
+        failing = {cell.keys["attack"] for cell in failed}
+        problems += [f"not applicable: {name}" for name in sorted(asked & ran - failing)]
     here = {_label(cell) for cell in own}
     problems += [f"not run: {label}" for label in sorted({_label(cell) for cell in plainly} - here - asked)]
     if _worst(plainly) is None:
         problems.append("no undefended run")
     return problems
-
-
-def _counts(cells: list[Cell], attack: str) -> bool:
-    return any(cell.keys["attack"] == attack and len(cell.tried) for cell in cells)
 
 
 def _warnings(own: list[Cell]) -> list[str]:
@@ -340,9 +349,9 @@ def _resample(table: tuple[Any, ...], members: list[Standing]) -> None:
         enough = len(one.paired["privacy"]) > 1
         one.line["privacy_low"], one.line["privacy_high"] = ends(one.draws) if enough else (np.nan, np.nan)
         if {"privacy_static", "privacy_adaptive"} <= draws.keys():
-            one.line["gap"] = one.line["privacy_static"] - one.line["privacy_adaptive"]
+            one.line["gap"] = one.line["privacy_static"] - one.line["privacy"]
             if enough:
-                gaps = draws["privacy_static"] - draws["privacy_adaptive"]
+                gaps = draws["privacy_static"] - draws["privacy"]
                 one.line["gap_low"], one.line["gap_high"] = ends(gaps)
 
 

@@ -14,6 +14,7 @@ import pytest
 from site_rows import HOSTILE, OPTIONS, site_rows, write_rows
 
 from leakbench.board import curves
+from leakbench.board.defenses import TABLE_KEYS
 from leakbench.errors import UserError
 from leakbench.site.build import build, digest
 from leakbench.site.data import Options, slug
@@ -204,8 +205,7 @@ def test_layers_stand_in_their_order_with_a_chart_that_says_what_it_shows():
 
 
 def test_privacy_stands_against_the_accuracy_it_costs():
-    keys = ("season", "season_commitment", "benchmark_version", "lane", "target", "dataset")
-    common = dict.fromkeys([*keys, *curves.SETTING_COLUMNS, *curves.CURVE_KEYS], "x") | {"role": "defense", "tasks": 2}
+    common = dict.fromkeys([*TABLE_KEYS, *curves.SETTING_COLUMNS, *curves.CURVE_KEYS], "x") | {"role": "defense", "tasks": 2}
     numbers = {"privacy_low": 0.4, "privacy_high": 0.6, "drop_low": 0.5, "drop_high": 1.5, "worst_task_privacy": 0.3}
     own = {"defense": "topk", "curve": "topk", "defense_label": "topk(p=0.9)", "unranked_because": None}
     lines = [common | numbers | own | {"privacy": p, "drop": d} for p, d in ((0.5, 1.0), (0.9, 7.0), (np.nan, 1.0))]

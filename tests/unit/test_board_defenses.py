@@ -43,7 +43,8 @@ def test_privacy_is_what_the_worst_attack_leaves_between_floor_and_undefended():
     lines = by_label(defenses(rows, RECOVERS))
     noise = lines.loc["noise(std=0.1)"]
     # worst .6 by "knows", undefended .95 by "plain", floor .2
-    assert (noise["worst_attack"], noise["undefended_attack"], noise["floor_source"]) == ("knows", "plain", "reference")
+    assert noise[["worst_attack", "undefended_attack"]].tolist() == ["knows", "plain"]
+    assert noise["floor_source"] == "reference, no control run"
     assert noise["privacy"] == pytest.approx((0.95 - 0.6) / 0.75)
     assert noise["privacy_low"] < noise["privacy"] < noise["privacy_high"]
     assert noise["privacy_static"] == pytest.approx((0.95 - 0.3) / 0.75)
@@ -52,6 +53,26 @@ def test_privacy_is_what_the_worst_attack_leaves_between_floor_and_undefended():
     assert noise["gap_low"] > 0
     assert noise["unranked_because"] is None
     assert lines.loc["none", ["role", "privacy"]].tolist() == ["none", 0]
+
+
+def test_a_defense_that_changes_nothing_has_no_gap_though_the_attacks_that_it_names_are_the_stronger():
+    level = [make([0.9, 1.0] * 4, "knows"), make([0.5, 0.7] * 4, "plain")]
+    same = [defended([0.9, 1.0] * 4, "knows"), defended([0.5, 0.7] * 4, "plain")]
+    noise = by_label(defenses(frame(*level, *same), RECOVERS)).loc["noise(std=0.1)"]
+    assert noise[["privacy", "privacy_static", "gap", "gap_low", "gap_high"]].tolist() == [0] * 5
+    # static: (.6 - .3) / (.6 - .2) under "plain"; all: (.95 - .8) / .75
+    half = [defended([0.8] * 8, "knows"), defended([0.3] * 8, "plain")]
+    noise = by_label(defenses(frame(*level, *half), RECOVERS)).loc["noise(std=0.1)"]
+    assert noise[["privacy", "privacy_static", "gap"]].tolist() == pytest.approx([0.2, 0.75, 0.55])
+
+
+def test_static_privacy_is_unknown_where_attacks_that_do_not_know_the_defense_reach_nothing_undefended():
+    parts = [make([1.0] * 8, "knows"), make([0.22] * 8, "plain")]
+    parts += [defended([0.6] * 8, "knows"), defended([0.2] * 8, "plain")]
+    noise = by_label(defenses(frame(*parts), RECOVERS)).loc["noise(std=0.1)"]
+    assert noise["privacy"] == pytest.approx(0.5)
+    assert noise[["privacy_static", "gap"]].isna().all()
+    assert noise["static_attack"] == "plain"
 
 
 def test_the_interval_is_paired_a_defense_that_shifts_every_trial_alike_has_a_certain_privacy():
@@ -129,7 +150,10 @@ def test_an_attack_that_the_task_does_not_admit_is_not_asked_for_as_long_as_anot
     named = {"defense_adaptive": '[["knows", "special"]]'}
     rows = [make([1.0] * 8, "knows"), make([None] * 8, "special", **declined)]
     rows += [defended([0.3] * 8, "knows", **named), defended([None] * 8, "special", **declined, **named)]
-    assert by_label(defenses(frame(*rows), RECOVERS)).loc["noise(std=0.1)", "unranked_because"] is None
+    for kept in (rows, [rows[0], *rows[2:]]):  # nobody runs a special attack against others than who names it
+        assert by_label(defenses(frame(*kept), RECOVERS)).loc["noise(std=0.1)", "unranked_because"] is None
+    failing = frame(*rows[:3], defended([None] * 8, "special", **named))
+    assert by_label(defenses(failing, RECOVERS)).loc["noise(std=0.1)", "unranked_because"] == "failed: special"
     alone = [rows[0], rows[1], defended([None] * 8, "special", **declined, defense_adaptive='[["special"]]')]
     alone.append(defended([0.3] * 8, "knows", defense_adaptive='[["special"]]'))
     reason = by_label(defenses(frame(*alone), RECOVERS)).loc["noise(std=0.1)", "unranked_because"]
