@@ -121,6 +121,7 @@ class Cell:
         threads: Threads per process.
         budget: What the attack may spend.
         kept: One update for each trial, where no client is asked: stage ``in_training``.
+        first: Number of the first trial.
     """
 
     suite: str
@@ -133,6 +134,7 @@ class Cell:
     threads: int = 1
     budget: Budget = field(default_factory=Budget)
     kept: tuple[KeptFile, ...] = ()
+    first: int = 0
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.errors import NotGranted
 from leakbench.facts import Facts
 from leakbench.federation.client import Client
@@ -92,6 +92,11 @@ class Knowledge:
     def sends(self) -> str:
         """``gradient``, ``delta`` or ``weights``."""
         return self._facts.protocol.sends
+
+    @property
+    def rounds(self) -> int:
+        """R: rounds in which the same clients send an update."""
+        return self._facts.protocol.rounds
 
     @property
     def clients(self) -> int:
@@ -325,6 +330,7 @@ class Knowledge:
                     self._grant(name, True)
         guessed = {"lr": lr, "local_steps": local_steps}
         protocol = self._facts.protocol.model_copy(update={k: v for k, v in guessed.items() if v is not None})
+        # What a defense makes of a step is not counted: it must not starve whoever simulates it.
         self._count[0] += protocol.local_steps
         random = self._random.at("simulate", self.evaluations - self._begun)
         if rows != self.trials:  # more rows than trials: each has noise of its own

@@ -8,10 +8,11 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from leakbench.errors import NotGranted
-from leakbench.federation.client import batch_order
+from leakbench.federation.client import ClientState, batch_order
 from leakbench.federation.planting import Planted
 from leakbench.knowledge import Knowledge
 from leakbench.models.functional import Model
@@ -230,7 +231,7 @@ class Observation(Knowledge):
 
     def log_likelihood(
         self,
-        sent: Mapping[str, Tensor],
+        sent: Sequence[Mapping[str, Tensor]],
         inputs: Tensor,
         labels: Tensor,
         *,
@@ -238,12 +239,13 @@ class Observation(Knowledge):
         model: Model | None = None,
         scaled: bool = False,
     ) -> Tensor:
-        """Return how well an update fits (T, N, ...) candidate examples by what the defense declares, (T,).
+        """Return how well updates fit (T, N, ...) candidate examples by what the defense declares, (T,).
 
-        One draw of an expectation over the defense's randomness; differentiable in inputs and labels.
+        The sum over rounds, in which clients train on the same examples at the same model. One draw of an expectation
+        over the defense's randomness; differentiable in inputs and labels.
 
         Args:
-            sent: (T, *shape) by parameter name, in the units of what is sent.
+            sent: Of each round, oldest first: (T, *shape) by parameter name, in the units of what is sent.
             inputs: (T, N, *input_shape), T being any multiple of the trials.
             labels: (T, N), or soft (T, N, C).
             order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
@@ -255,10 +257,23 @@ class Observation(Knowledge):
                 is withheld.
             NotImplementedError: No part of the defense declares a likelihood.
         """
-        client, random = self._simulated(self.defense, len(labels))
-        return client.log_likelihood(
-            sent, model or self.model, inputs, labels, random=random, order=order, scaled=scaled
-        )
+        state, scores = ClientState(), []
+        for index, update in enumerate(sent):
+            client, random = self._simulated(self.defense, len(labels))
+            scores.append(
+                client.log_likelihood(
+                    update,
+                    model or self.model,
+                    inputs,
+                    labels,
+                    random=random,
+                    order=order,
+                    scaled=scaled,
+                    state=state,
+                    round_index=index,
+                )
+            )
+        return torch.stack(scores).sum(0)
 
     @property
     def gradient(self) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ NUMBER_MOVING = (
     "randomness.py",
     "entry.py",
     "attack.py",
+    "chain.py",
     "defense.py",
     "facts.py",
     "mechanism.py",

@@ -107,6 +107,11 @@ class FedCDP(Defense):
         z = torch.cat([(value - clean[name]).flatten(1) for name, value in sent.items()], 1) / std
         return -z.square().sum(1) / 2 - z.shape[1] * (math.log(std) + math.log(2 * math.pi) / 2)
 
+    @property
+    def has_density(self) -> bool:
+        """Only with noise."""
+        return self.noise_multiplier > 0
+
     def inside(self) -> Defense:
         """Return the clipping without the noise, which a simulated client does too."""
         return type(self)(clip=self.clip, noise_multiplier=0.0, decay=self.decay)

@@ -15,6 +15,9 @@ from leakbench import Defense, DefenseContext, Model, UserError, layer_inputs, r
 ENTRIES = 2**19
 """Most entries of Jacobians computed at once; more are slower on a CPU."""
 
+EMPTY = 1e-4
+"""Greatest magnitude of a column that counts as pruned, in units of the greatest of all."""
+
 
 @register("soteria", version=1)
 class Soteria(Defense):
@@ -116,6 +119,8 @@ class Soteria(Defense):
         goal, found = moved(sent, ctx), moved({name: clean[name] for name in sent}, ctx)
         name = f"{self.defended(ctx.model)}.weight"
         if name in goal:
-            found = {**found, name: found[name] * (goal[name] != 0).any(1, keepdim=True)}
+            size = goal[name].abs().amax(1, keepdim=True)
+            # Not exactly: a later part's tiny noise would hide which columns are empty.
+            found = {**found, name: found[name] * (size > EMPTY * size.amax(2, keepdim=True))}
         fit: Tensor = direction_fit(goal, found)
         return fit

@@ -93,11 +93,18 @@ class TopK(Defense):
             kept = dict(zip(flat, parts, strict=True))
         return {name: kept[name].view_as(value) for name, value in update.items()}
 
-    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:  # noqa: ARG002
+    def log_likelihood(self, sent: Mapping[str, Tensor], clean: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
         """Return a surrogate (T,): how well the directions agree on the coordinates that were sent, which are known.
+
+        With error feedback what earlier rounds' candidates would owe comes on top, which ``ctx.state`` carries.
 
         Less the `nearness` lost by coordinates that were not sent although they exceed the least one that was.
         """
+        if self.error_feedback:
+            owed = {name: clean[name] + ctx.state[name] if name in ctx.state else clean[name] for name in sent}
+            ctx.state.update({name: value - sent[name] for name, value in owed.items()})
+            clean = owed
+        sent = self._sparse(dict(sent))  # a later part's noise on what was dropped tells nothing
         shown = {name: value != 0 for name, value in sent.items()}
         floor = {name: _least(value.abs().flatten(1)) for name, value in sent.items()}
         if self.scope == "global":

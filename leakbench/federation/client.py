@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from leakbench.defense import DefenseChain, DefenseContext, unit_bounds
+from leakbench.chain import DefenseChain
+from leakbench.defense import DefenseContext, unit_bounds
 from leakbench.federation.gradients import per_example_gradients, per_trial_gradients
 from leakbench.models.functional import Model
 from leakbench.randomness import TrialRandom
@@ -119,6 +120,8 @@ class Client:
         random: TrialRandom,
         order: Tensor | None = None,
         scaled: bool = False,
+        state: ClientState | None = None,
+        round_index: int = 0,
     ) -> Tensor:
         """Return the score (T,) that the defense gives what was sent if these were T clients' examples.
 
@@ -133,12 +136,14 @@ class Client:
             order: (T, local_steps, B) indices into N of every local step's batch; the order of ``inputs`` where None.
             scaled: Whether the clean update is first multiplied by the positive number that brings it nearest to what
                 was sent. Weights stay as they are.
+            state: Kept by the caller between rounds: what the candidates' client would keep.
+            round_index: Index of the round.
 
         Raises:
             NotImplementedError: No part of the defense declares a likelihood.
         """
         within = replace(self, defense=self.defense.inside)
-        state, moment = ClientState(), (0, 0)
+        state, moment = state or ClientState(), (round_index, 0)
         made, ctx = within._made(model, inputs, labels, order, random, state, moment, None, create_graph=True)
         clean = within.defense.tensors("update", made, ctx)
         if scaled and self.protocol.sends != "weights":

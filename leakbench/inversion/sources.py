@@ -178,8 +178,9 @@ class Defended(Unrolled):
         super().check(knowledge)
 
     def evaluations(self, knowledge: Knowledge) -> int:
-        """Return the number of local steps, times the draws."""
-        return self.samples * super().evaluations(knowledge)
+        """Return the number of local steps, times the draws and the rounds that are scored."""
+        rounds = knowledge.rounds if knowledge.defense.scored_by is not None else 1
+        return self.samples * rounds * super().evaluations(knowledge)
 
     def gradients(
         self,
@@ -199,8 +200,8 @@ class Defended(Unrolled):
     ) -> Comparison:
         """Score the update; a cosine of 1 scores 0 where no likelihood is declared."""
         seen = rows.observation
-        sent = {name: rows.spread(seen.update[name]) for name in rows.target}
-        entries = sum(value[0].numel() for value in sent.values())
+        sent = [{name: rows.spread(update[name]) for name in rows.target} for update in seen.updates]
+        entries = sum(value[0].numel() for update in sent for value in update.values())
         scores = []
         for _ in range(self.samples):
             if seen.defense.scored_by is not None:

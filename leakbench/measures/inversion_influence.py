@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.errors import NotApplicable
 from leakbench.measures.jacobian import Jacobian, by_trial, ratio
 from leakbench.measures.lanczos import conjugate_gradients

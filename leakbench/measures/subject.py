@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client
 from leakbench.federation.inputs import normalised

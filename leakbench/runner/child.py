@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench.attack import Attack, RecoveryShape
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.errors import InvalidOutput, NotApplicable, NotGranted
 from leakbench.facts import Facts
 from leakbench.federation.aggregation import StreamedSum, aggregation_weights

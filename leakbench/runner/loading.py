@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Any, get_args
 
 from leakbench.attack import NEEDS, Attack
-from leakbench.defense import HOOKS, Defense, DefenseChain
+from leakbench.chain import DefenseChain
+from leakbench.defense import HOOKS, Defense
 from leakbench.entry import Entry
 from leakbench.errors import InvalidOutput, LeakbenchError, unknown
 from leakbench.models.imprint import IMPRINTS

@@ -86,7 +86,8 @@ class Job:
 
 
 def plan(cells: Iterable[Cell], season: Season) -> list[Job]:
-    """Cut every cell into jobs of ``trials_per_job`` trials: job k holds the trials [k*b, min((k+1)*b, trials)).
+    """Cut every cell into jobs of ``trials_per_job`` trials: job k holds the trials [k*b, min((k+1)*b, trials)), counted
+    from ``cell.first``.
 
     Returns:
         Distinct jobs, sorted by task, defense, attack and block, so that jobs that share data and models are neighbors.
@@ -101,20 +102,22 @@ def plan(cells: Iterable[Cell], season: Season) -> list[Job]:
                 f"stage {IN_TRAINING}: no model is trained to it; it is of updates that leakbench utility kept; type: "
                 "leakbench run SUITE --in-training OUT"
             )
-        for start in range(0, cell.trials, cell.trials_per_job):
+        stop = cell.first + cell.trials
+        for start in range(cell.first, stop, cell.trials_per_job):
+            end = min(start + cell.trials_per_job, stop)
             job = Job(
                 suite=cell.suite,
                 task=cell.task,
                 attack=cell.attack,
                 defense=cell.defense,
                 start=start,
-                stop=min(start + cell.trials_per_job, cell.trials),
+                stop=end,
                 model_draws=cell.model_draws,
                 threads=cell.threads,
                 wall_seconds=cell.budget.wall_seconds,
                 model_evaluations=cell.budget.model_evaluations,
                 season=season,
-                kept=cell.kept[start : start + cell.trials_per_job],
+                kept=cell.kept[start - cell.first : end - cell.first],
             )
             jobs.setdefault(job.id, job)
     return sorted(

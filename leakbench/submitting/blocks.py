@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from leakbench.attack import FACTS, Attack, Recovery, RecoveryShape
-from leakbench.defense import Defense, DefenseChain, DefenseContext
+from leakbench.chain import DefenseChain
+from leakbench.defense import Defense, DefenseContext
 from leakbench.errors import NotApplicable, NotGranted
 from leakbench.facts import Facts
 from leakbench.federation.aggregation import StreamedSum

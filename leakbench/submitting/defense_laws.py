@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from leakbench.defense import HOOKS, Defense, DefenseChain
+from leakbench.chain import DefenseChain
+from leakbench.defense import HOOKS, Defense
 from leakbench.submitting.blocks import BLOCKS, Block
 from leakbench.submitting.laws import FILE_LAWS, Broken, Law
 

@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 
-from leakbench.defense import DefenseChain, DefenseContext
+from leakbench.chain import DefenseChain
+from leakbench.defense import DefenseContext
 from leakbench.federation.client import Client
 
 DEFENSES = [pytest.param(cls, id=stem) for stem, cls in tiny.entries("defenses")]

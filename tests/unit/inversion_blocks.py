@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from leakbench import Observation
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.facts import Facts
 from leakbench.federation.client import Client, ClientState, Received
 from leakbench.models.functional import build_model

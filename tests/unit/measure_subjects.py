@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from plain_client import random
 
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.measures.subject import ALL, Clients, Subject
 from leakbench.models.functional import build_model

@@ -13,7 +13,7 @@ from leakbench_baselines.defenses.label_smoothing import LabelSmoothing
 from sklearn.datasets import load_digits
 
 from leakbench import Knowledge, NotApplicable, Observation, UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.facts import Facts
 from leakbench.federation.client import Client
 from leakbench.models.functional import build_model

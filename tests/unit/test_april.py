@@ -12,7 +12,7 @@ from leakbench_baselines.defenses.label_smoothing import LabelSmoothing
 from torch import nn
 
 from leakbench import Knowledge, NotApplicable, Observation, UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen

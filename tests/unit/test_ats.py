@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import functional as V  # noqa: N812
 
 from leakbench import Recovery, UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.inversion import InversionAttack
 from leakbench.models.functional import build_model

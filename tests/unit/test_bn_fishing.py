@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Cohort, Knowledge, NotApplicable, NotGranted, Observation, UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.facts import Facts
 from leakbench.federation.aggregation import StreamedSum, aggregation_weights
 from leakbench.federation.client import Client

@@ -7,7 +7,7 @@ from inversion_blocks import observe
 from label_blocks import digits_block
 
 from leakbench import Defense, Knowledge
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.facts import Facts
 from leakbench.federation.client import Client
 from leakbench.federation.inputs import input_bounds, to_inputs

@@ -6,7 +6,7 @@ import torch
 from plain_client import B, C, T, close
 
 from leakbench import Defense
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.errors import LeakbenchError
 from leakbench.federation.aggregation import StreamedSum
 from leakbench.federation.client import Client, ClientState, batch_order

@@ -12,7 +12,7 @@ from leakbench_baselines.defenses.gaussian_noise import GaussianNoise
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 
 SHAPES = {"a.weight": (6, 5), "a.bias": (6,), "b.weight": (3, 6)}

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Defense, UserError
-from leakbench.defense import DefenseChain, DefenseContext
+from leakbench.chain import DefenseChain
+from leakbench.defense import DefenseContext
 from leakbench.federation.client import Client
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Architecture, Protocol

@@ -6,7 +6,8 @@ import torch
 from plain_client import B, C, T
 
 from leakbench import Defense, register
-from leakbench.defense import DefenseChain, DefenseContext
+from leakbench.chain import DefenseChain
+from leakbench.defense import DefenseContext
 from leakbench.errors import InvalidOutput
 
 

@@ -57,7 +57,8 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import cross_val_score
 
 from leakbench import Knowledge
-from leakbench.defense import DefenseChain, DefenseContext
+from leakbench.chain import DefenseChain
+from leakbench.defense import DefenseContext
 from leakbench.federation.client import Client
 from leakbench.inversion import Defended, OneStep
 from leakbench.randomness import TrialRandom

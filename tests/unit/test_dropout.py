@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.randomness import TrialRandom
 from leakbench.tasks import Protocol

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from update_blocks import streams
 
 from leakbench import UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.models.functional import build_model
 from leakbench.tasks import Architecture, Protocol

@@ -20,8 +20,8 @@ from sklearn.preprocessing import StandardScaler
 
 import leakbench
 from leakbench import Knowledge, NotApplicable, Observation, UserError
+from leakbench.chain import DefenseChain
 from leakbench.data import draw_task, load_dataset
-from leakbench.defense import DefenseChain
 from leakbench.facts import Facts
 from leakbench.federation.client import Client
 from leakbench.models.functional import build_model

@@ -12,7 +12,7 @@ from scipy import stats
 from update_blocks import context
 
 from leakbench import UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.tasks import Protocol
 

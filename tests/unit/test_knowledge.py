@@ -7,7 +7,7 @@ from plain_client import B, C, T, close
 
 from leakbench import Defense, NotGranted
 from leakbench.attack import NEEDS
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.errors import InvalidOutput
 from leakbench.facts import Facts
 from leakbench.federation.client import Client

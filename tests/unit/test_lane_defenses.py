@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
 from leakbench import Defense, DefenseContext, UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client, Received
 from leakbench.metrics.stealth import Thresholds
 from leakbench.tasks import Protocol

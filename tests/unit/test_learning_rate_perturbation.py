@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from update_blocks import context, flat, streams
 
 from leakbench import UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client, ClientState
 from leakbench.tasks import Protocol
 

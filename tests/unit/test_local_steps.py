@@ -11,7 +11,7 @@ from leakbench_baselines.defenses.soteria import Soteria
 from update_blocks import streams
 
 from leakbench import UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.tasks import Protocol
 

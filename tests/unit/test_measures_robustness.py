@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from leakbench import NotApplicable, UserError
 from leakbench.accounting import gdp_delta, gdp_epsilon
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.measures.robustness import (
     f_dp_accuracy,

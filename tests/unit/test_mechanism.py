@@ -16,7 +16,7 @@ from leakbench_baselines.defenses.gaussian_noise import GaussianNoise
 from leakbench_baselines.defenses.topk import TopK
 
 from leakbench import Defense, LeakbenchError, Mechanism
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.mechanism import averaged
 from leakbench.models.functional import build_model

@@ -14,7 +14,7 @@ from scipy.stats import kstest
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Defense, UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.entries import resolve
 from leakbench.federation.client import Client
 from leakbench.federation.gradients import per_trial_gradients

@@ -17,8 +17,8 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import UserError
+from leakbench.chain import DefenseChain
 from leakbench.data import load_dataset
-from leakbench.defense import DefenseChain
 from leakbench.entries import resolve
 from leakbench.federation.client import Client
 from leakbench.grids import Cell

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Knowledge, NotApplicable, Observation
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.models.functional import build_model
 from leakbench.observation import Seen

@@ -16,7 +16,7 @@ from scipy.special import softmax
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Defense, UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client
 from leakbench.tasks import Protocol
 

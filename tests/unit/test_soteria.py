@@ -12,7 +12,8 @@ from leakbench_baselines.defenses.soteria import Soteria
 from torch.func import functional_call
 
 from leakbench import UserError
-from leakbench.defense import DefenseChain, DefenseContext
+from leakbench.chain import DefenseChain
+from leakbench.defense import DefenseContext
 from leakbench.federation.client import Client
 from leakbench.tasks import Protocol
 

@@ -11,7 +11,7 @@ from leakbench_baselines.defenses.topk import TopK
 from update_blocks import context, flat, streams, updates
 
 from leakbench import UserError
-from leakbench.defense import DefenseChain
+from leakbench.chain import DefenseChain
 from leakbench.federation.client import Client, ClientState
 from leakbench.tasks import Protocol
 
