@@ -41,7 +41,7 @@ def observe(
     """Return what the attacker sees, the private inputs (T, N, *shape) in [0, 1], and their labels (T, N).
 
     ``dataset`` is images (n, *shape) in [0, 1] and labels (n,); digits where None. ``known``: whether the attacker
-    knows the defense.
+    knows the defense, or chain of them (a tuple).
     """
     images, targets = dataset or digits()
     spec = InputSpec(shape=tuple(images.shape[1:]))
@@ -50,11 +50,10 @@ def observe(
     picks = torch.randint(0, 1500, (trials, count), generator=torch.Generator().manual_seed(5))
     inputs, classes = images[picks].to(dtype), targets[picks]
     net = net or Architecture(name="lenet_zhu", init="uniform(0.5)")
-    transform = defense.model if defense else None
+    chain = DefenseChain(defense if isinstance(defense, tuple) else (defense,) if defense else ())
     seeds = range(trials if own_models else 1)
-    model = build_model(net, spec.shape, 10, seeds=seeds, transform=transform).to(dtype=dtype)
+    model = build_model(net, spec.shape, 10, seeds=seeds, transform=chain.model).to(dtype=dtype)
     random = TrialRandom(torch.arange(trials * 32).reshape(trials, 32).to(torch.uint8))
-    chain = DefenseChain([defense] if defense else [])
     client = Client(protocol, batch, chain)
     state = ClientState()
     shown = client.shown(Received(model=model, state=state), inputs, classes, random=random)

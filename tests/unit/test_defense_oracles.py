@@ -43,12 +43,15 @@ from leakbench_baselines.defenses.clip_l2 import ClipL2
 from leakbench_baselines.defenses.dp_sgd import DPSGD
 from leakbench_baselines.defenses.fp16 import FP16
 from leakbench_baselines.defenses.gaussian_noise import GaussianNoise
+from leakbench_baselines.defenses.graddefense import GradDefense
 from leakbench_baselines.defenses.int8 import Int8
 from leakbench_baselines.defenses.label_smoothing import LabelSmoothing
 from leakbench_baselines.defenses.learning_rate_perturbation import LearningRatePerturbation
 from leakbench_baselines.defenses.mixup import Mixup
+from leakbench_baselines.defenses.outpost import Outpost
 from leakbench_baselines.defenses.random_k import RandomK
 from leakbench_baselines.defenses.sign import Sign
+from leakbench_baselines.defenses.soteria import Soteria
 from leakbench_baselines.defenses.topk import TopK
 from leakbench_baselines.defenses.weight_noise import WeightNoise
 from leakbench_baselines.defenses.weight_sparsify import WeightSparsify
@@ -59,9 +62,11 @@ from sklearn.model_selection import cross_val_score
 from leakbench import Knowledge
 from leakbench.chain import DefenseChain
 from leakbench.defense import DefenseContext
-from leakbench.federation.client import Client
+from leakbench.federation.client import Client, ClientState
 from leakbench.inversion import Defended, OneStep
+from leakbench.models.functional import build_model
 from leakbench.randomness import TrialRandom
+from leakbench.tasks import Architecture, Protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRIALS = 3
@@ -247,11 +252,11 @@ def test_t18_withheld_tensors_say_nothing():
 
 def test_a_chain_is_scored_by_its_last_part_after_what_came_before():
     clean, ctx = updates(), moment(observe(trials=TRIALS)[0].model)
-    chain = DefenseChain([Sign(), GaussianNoise(std=0.1)])
+    chain = DefenseChain([Sign(), GaussianNoise(std=0.5)])
     sent = chain.tensors("update", clean, ctx)
     leaf = {n: v.clone().requires_grad_() for n, v in clean.items()}
     found = chain.log_likelihood(sent, leaf, ctx)
-    expected = GaussianNoise(std=0.1).log_likelihood(sent, {n: v.sign() for n, v in clean.items()}, ctx)
+    expected = GaussianNoise(std=0.5).log_likelihood(sent, {n: v.sign() for n, v in clean.items()}, ctx)
     torch.testing.assert_close(found.detach(), expected)
     # Signs are constant, so that the slope is taken straight through them.
     (slope,) = torch.autograd.grad(found.sum(), leaf["weight"])
@@ -301,13 +306,42 @@ def test_local_steps_are_simulated_and_the_private_input_scores_best(defense, se
     )
     assert isinstance(BayesAdaptive().fitted(observation).source, Defended)
     before = observation.evaluations
-    own = observation.log_likelihood(observation.update, true, observation.labels)
-    other = observation.log_likelihood(observation.update, 1 - true, observation.labels)
+    own = observation.log_likelihood([observation.update], true, observation.labels)
+    other = observation.log_likelihood([observation.update], 1 - true, observation.labels)
     assert observation.evaluations - before == 4
     assert (own > other).all()
     recovery = BayesAdaptive(steps=2).run(observation)
     assert recovery.model_evaluations == 6
     assert recovery.inputs.isfinite().all()
+
+
+@pytest.mark.parametrize("behind", [ClipL2(bound=1e6), ClipL2(bound=1e-3), GaussianNoise(std=1e-9), FP16()])
+@pytest.mark.parametrize(
+    "defense",
+    [Soteria(p=60.0), GradDefense(), Outpost(beta=0.0), DPSGD(noise_multiplier=0.001), TopK(p=0.9), Sign()],
+    ids=lambda defense: defense.name,
+)
+def test_what_changes_no_direction_cannot_switch_a_likelihood_off(defense, behind):
+    observation, true, _ = observe(trials=2, defense=(defense, behind), known=True)
+    candidates = (true, 1 - true, true.flip(-1))
+    scores = [observation.log_likelihood([observation.update], x, observation.labels, scaled=True) for x in candidates]
+    assert (torch.stack(scores).argmax(0) == 0).all()
+
+
+def test_every_round_is_scored_with_what_earlier_ones_left():
+    model = build_model(Architecture(name="lenet_zhu", init="uniform(0.5)"), (1, 8, 8), 10, seeds=[0]).to(
+        dtype=torch.float64
+    )
+    images, labels = torch.rand(2, 1, 1, 8, 8, dtype=torch.float64), torch.tensor([[3], [7]])
+    client = Client(Protocol(precision="float64"), 1, DefenseChain([TopK(p=0.9, error_feedback=True)]))
+    state, known, scores = ClientState(), ClientState(), []
+    for index in range(3):
+        sent = client.update(model, images, labels, random=streams(2), state=state, round_index=index)
+        told = {"random": streams(2), "round_index": index}
+        scores.append(client.log_likelihood(sent, model, images, labels, state=known, **told))
+        forgetful = client.log_likelihood(sent, model, images, labels, **told)
+    torch.testing.assert_close(torch.stack(scores), torch.zeros(3, 2, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert (forgetful < -1e-3).all()
 
 
 def test_rows_do_not_depend_on_how_trials_are_cut():
