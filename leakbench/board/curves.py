@@ -12,12 +12,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from leakbench.board.autoleak import autoleak, members, overlap
-from leakbench.board.cohorts import COHORT, with_cohorts
+from leakbench.board.cohorts import with_cohorts
 from leakbench.board.columns import DEFENSE_KEYS, DEMONSTRATION_DATASETS
+from leakbench.board.costs import COST_COLUMNS, Costs
 from leakbench.board.defenses import TABLE_KEYS, Standing, ends, standings, standings_frame
-from leakbench.board.score import plain
-from leakbench.board.stats import MIN_PAIRS, RESAMPLES, resamples
-from leakbench.utility.summary import SETTING, interval
+from leakbench.board.stats import MIN_PAIRS
 
 CLASSES = (1, 2, 5)
 """Points of accuracy that a defense may cost."""
@@ -47,16 +46,9 @@ SETTING_COLUMNS = {
     "worst_task_privacy": "privacy there",
     "worst_attack": "worst attack there",
     "trials": "distinct numbers of trials",
-    "drop": "points of accuracy lost to the undefended training of the same seed, mean over trainings",
-    "drop_low": "lower end of its 95% t-interval over seeds",
-    "drop_high": "upper end of its 95% interval",
-    "accuracy": "mean accuracy on the test split; of a failed training the chance level",
-    "utility": "share of the undefended accuracy above chance that is left, in [0, 1]; 0 of a failed training",
-    "trainings": "trainings behind it",
-    "failed_trainings": "those that failed",
     "warnings": "reasons to doubt the privacy; null: none",
     "unranked_because": "why it is listed without a rank; null: ranked",
-    "no_utility_because": "why its accuracy is not known; null: it is",
+    **COST_COLUMNS,
 }
 """The columns that follow `TABLE_KEYS` and `DEFENSE_KEYS`."""
 
@@ -71,6 +63,7 @@ RANKING_COLUMNS = {
             f"low_at_{points}": "lower end of its 95% interval",
             f"high_at_{points}": "upper end of its 95% interval",
             f"setting_at_{points}": "the setting",
+            f"sure_at_{points}": "whether the interval of its drop ends within these points too",
             f"rank_at_{points}": "1 for the best and those that cannot be told from it, and so on",
         }.items()
     },
@@ -78,6 +71,7 @@ RANKING_COLUMNS = {
     "hypervolume_low": "lower end of its 95% interval",
     "hypervolume_high": "upper end of its 95% interval",
     "partial": f"whether there are fewer than {ENOUGH_STRENGTHS} strengths",
+    "no_class_because": "settings that are in no class, and why; null: none",
     "unranked_because": "why it has no rank; null: it has",
 }
 """The columns that follow `TABLE_KEYS` and the keys of the defense."""
@@ -123,9 +117,13 @@ def settings(found: Sequence[Standing], utility: pd.DataFrame | None = None) -> 
         groups.setdefault((one.table, one.defense), []).append(one)
     informative = Counter(one.table for one in found if one.line["informative"] and one.line["role"] == "none")
     all_tasks = Counter(one.table for one in found if one.line["role"] == "none")
-    costs = _Costs(utility)
+    costs = Costs(utility)
+    tasks: dict[Any, list[dict[str, Any]]] = {}
+    for one in found:
+        if one.line["role"] == "none":
+            tasks.setdefault(one.table, []).append(one.columns)
     return [
-        _setting(own, informative[table], all_tasks[table] - informative[table], costs)
+        _setting(own, informative[table], all_tasks[table] - informative[table], costs, tasks.get(table, []))
         for (table, _), own in groups.items()
     ]
 
@@ -137,7 +135,9 @@ def settings_frame(found: Sequence[Setting]) -> pd.DataFrame:
     return pd.DataFrame([one.keys | one.line for one in ordered], columns=columns)
 
 
-def _setting(own: list[Standing], tasks: int, dropped: int, costs: _Costs) -> Setting:
+def _setting(
+    own: list[Standing], tasks: int, dropped: int, costs: Costs, attacked: Sequence[Mapping[str, Any]]
+) -> Setting:
     """Return what the standings of one defense on a table's tasks come to."""
     first = own[0]
     counted = [one for one in own if one.line["informative"]]
@@ -174,7 +174,7 @@ def _setting(own: list[Standing], tasks: int, dropped: int, costs: _Costs) -> Se
         problems += [f"run on {len(scored)} of {tasks} informative tasks"] * (len(scored) < tasks)
         problems += ["no informative task"] * (tasks == 0)
         line["unranked_because"] = "; ".join(filter(None, problems)) or None
-    cost, shares = costs.of(keys)
+    cost, shares = costs.of(keys, attacked)
     return Setting(keys, line | cost, first.curve, first.strength, draws, shares)
 
 
@@ -186,43 +186,6 @@ def _least(kinds: Sequence[Sequence[Standing]], column: str) -> float:
 def _joined(own: Sequence[Standing], column: str) -> str | None:
     texts = [text for one in own for text in (one.line[column] or "").split("; ") if text]
     return "; ".join(dict.fromkeys(texts)) or None
-
-
-class _Costs:
-    """What every defense costs in accuracy, by defense and dataset."""
-
-    def __init__(self, utility: pd.DataFrame | None) -> None:
-        self._own: dict[tuple[Any, ...], pd.DataFrame] = {}
-        self._undefended: dict[Any, set[tuple[Any, ...]]] = {}
-        if utility is None or utility.empty:
-            return
-        # Without an undefended twin, or without the data, a training tells nothing of the defense.
-        trained = utility[utility["drop"].notna() & utility["utility"].notna()]
-        same = [key for key in (*SETTING, "seed") if key in trained]
-        trained = trained.assign(_training=list(map(repr, trained[same].itertuples(index=False, name=None))))
-        for keys, part in trained.groupby([*DEFENSE_KEYS, "dataset"], dropna=False):
-            self._own[tuple(map(plain, keys))] = part
-            if keys[0] == "none":
-                self._undefended[keys[-1]] = set(part["_training"])
-
-    def of(self, keys: Mapping[str, Any]) -> tuple[dict[str, Any], NDArray[np.float64]]:
-        """Return the columns of a setting, and its utility by resample of the seeds."""
-        line: dict[str, Any] = dict.fromkeys(("drop", "drop_low", "drop_high", "accuracy", "utility"), np.nan)
-        if keys["defense"] == COHORT:  # the sum is exact: the model that it trains is the same
-            return line | {"drop": 0.0, "drop_low": 0.0, "drop_high": 0.0, "utility": 1.0}, np.ones(RESAMPLES)
-        part = self._own.get((*(plain(keys[key]) for key in DEFENSE_KEYS), keys["dataset"]))
-        if part is None:
-            return line | {"no_utility_because": "no federated training with it on this dataset"}, np.empty(0)
-        missing = len(self._undefended.get(keys["dataset"], set()) - set(part["_training"]))
-        if missing:
-            text = f"{missing} of {missing + len(part)} federated trainings with it are missing"
-            return line | {"no_utility_because": text}, np.empty(0)
-        means = part.groupby("seed")[["drop", "utility", "accuracy"]].mean().astype(float)
-        drawn = np.concatenate(list(resamples(len(means), "utility", keys["dataset"]))) / len(means)
-        line |= {str(name): value for name, value in means.mean().items()}
-        line |= {"trainings": len(part), "failed_trainings": int((part["status"] != "ok").sum())}
-        line["drop_low"], line["drop_high"] = interval(means["drop"].to_list())
-        return line, drawn @ means["utility"].to_numpy()
 
 
 # --- ranking ----------------------------------------------------------------------------------------------------------
@@ -252,9 +215,12 @@ def _table(curves: Mapping[tuple[Any, ...], list[Setting]]) -> list[dict[str, An
         line: dict[str, Any] = {key: own[0].keys[key] for key in (*TABLE_KEYS, *CURVE_KEYS)}
         line |= {"curve": own[0].line["curve"], "settings": len(usable), "partial": len(usable) < ENOUGH_STRENGTHS}
         line["unranked_because"] = None if usable else "; ".join(dict.fromkeys(filter(None, reasons)))
+        left = [one.line for one in usable if one.line["no_class_because"]]
+        line["no_class_because"] = "; ".join(f"{o['defense_label']}: {o['no_class_because']}" for o in left) or None
         chosen = {points: _best(usable, points) for points in CLASSES}
         for points, one in chosen.items():
             line |= {f"privacy_at_{points}": np.nan, f"rank_at_{points}": np.nan, f"setting_at_{points}": None}
+            line[f"sure_at_{points}"] = None if one is None else bool(one.line["drop_high"] <= points)
             if one is not None:
                 line[f"setting_at_{points}"] = one.line["defense_label"]
                 for name, key in (("privacy", "privacy"), ("low", "privacy_low"), ("high", "privacy_high")):
@@ -282,8 +248,8 @@ def _table(curves: Mapping[tuple[Any, ...], list[Setting]]) -> list[dict[str, An
 
 
 def _best(usable: Sequence[Setting], points: int) -> Setting | None:
-    """Return the setting of best privacy that loses no more than some points of accuracy."""
-    allowed = [one for one in usable if one.line["drop"] <= points]
+    """Return the setting of best privacy that loses no more than some points of accuracy, and never failed to train."""
+    allowed = [one for one in usable if one.line["drop"] <= points and one.line["no_class_because"] is None]
     if points == min(CLASSES):
         allowed = [one for one in allowed if one.line["drop_high"] - one.line["drop_low"] < WIDEST]
         allowed = [one for one in allowed if one.keys["dataset"] not in COARSE]

@@ -113,7 +113,8 @@ def _ranking(frame: pd.DataFrame) -> Iterator[Sheet]:
             for points in classes:
                 value, low, high = (line[f"{name}_at_{points}"] for name in ("privacy", "low", "high"))
                 rank, setting = line[f"rank_at_{points}"], line[f"setting_at_{points}"]
-                where = "" if pd.isna(setting) else f" #{rank:.0f} {setting.removeprefix(line['defense'])}"
+                sure = "" if line[f"sure_at_{points}"] else "?"
+                where = "" if pd.isna(setting) else f" #{rank:.0f}{sure} {setting.removeprefix(line['defense'])}"
                 texts.append(_interval(value, low, high) + where)
             volume = _interval(line["hypervolume"], line["hypervolume_low"], line["hypervolume_high"])
             lines.append([*texts, volume, f"{line['settings']}" + (" (partial)" if line["partial"] else "")])
@@ -121,6 +122,7 @@ def _ranking(frame: pd.DataFrame) -> Iterator[Sheet]:
         said = [
             f"not ranked, {why}: {', '.join(own['curve'])}" for why, own in out.groupby("unranked_because", sort=False)
         ]
+        said += [f"in no class: {text}" for text in part["no_class_because"].dropna()]
         yield Sheet(
             f"defenses, {_title(first)}",
             ["defense", *(f"privacy at <= {points} points lost" for points in classes), "hypervolume", "strengths"],
@@ -128,6 +130,7 @@ def _ranking(frame: pd.DataFrame) -> Iterator[Sheet]:
             [
                 f"privacy: 0 as undefended, 1 as without the update; {CONFIDENCE:.0%} intervals; #: rank group, those "
                 "of one cannot be told apart; hypervolume: area below (utility, privacy) of all strengths"
+                "; ?: the interval of the drop goes beyond the class"
                 + (f"; 1 point: only where the drop's interval is below {WIDEST} points wide" if 1 in classes else ""),
                 *said,
             ],
@@ -150,6 +153,9 @@ def _settings(frame: pd.DataFrame) -> Iterator[Sheet]:
                 ]
             )
             said += [f"warning: {line['defense_label']}: {line['warnings']}"] * isinstance(line["warnings"], str)
+            for text in (line["no_class_because"], line["no_utility_because"]):
+                out = line["role"] == "defense" and isinstance(text, str)
+                said += [f"{line['defense_label']}: {text}"] * out
         dropped = int(first["dropped"])
         if dropped:
             said.insert(0, f"{dropped} tasks left out: undefended, no attack gets far enough above the floor")
@@ -157,8 +163,21 @@ def _settings(frame: pd.DataFrame) -> Iterator[Sheet]:
             f"every strength, {_title(first)}",
             ["defense", "privacy", "static", "worst attack", "points lost", "tasks"],
             lines,
-            ["static: privacy under attacks that the defense does not name; points lost of accuracy", *said],
+            [
+                "static: privacy under attacks that the defense does not name, of what they reach undefended; points "
+                "lost of accuracy",
+                *_trainings(part),
+                *said,
+            ],
         )
+
+
+def _trainings(part: pd.DataFrame) -> Iterator[str]:
+    """Yield of which trainings the accuracy is."""
+    for (training, others), own in part.groupby(["training", "other_trainings"], sort=False):
+        spread = ", ".join(dict.fromkeys(own["partitions"].dropna()))
+        text = f"accuracy of {training}" + f"; {spread}" * bool(spread)
+        yield text + f"; {others} other settings of training are less like what was attacked" * bool(others)
 
 
 def _tasks(frame: pd.DataFrame) -> Iterator[Sheet]:
@@ -173,7 +192,8 @@ def _tasks(frame: pd.DataFrame) -> Iterator[Sheet]:
             lines.append([line["defense_label"], worst, _attack(line["worst_attack"]), privacy, gap])
         note = (
             f"undefended {_number(first['undefended'], places)} ({first['undefended_attack']}), floor "
-            f"{_number(first['floor'], places)} ({first['floor_source']}); gap: what rested on attackers not knowing"
+            f"{_number(first['floor'], places)} ({first['floor_source']}); gap: what rested on attackers not "
+            "knowing, below 0: nothing did"
         )
         if not first["informative"]:
             note += "; left out above: undefended is not far enough above the floor"

@@ -205,7 +205,10 @@ def test_layers_stand_in_their_order_with_a_chart_that_says_what_it_shows():
 
 
 def test_privacy_stands_against_the_accuracy_it_costs():
-    common = dict.fromkeys([*TABLE_KEYS, *curves.SETTING_COLUMNS, *curves.CURVE_KEYS], "x") | {"role": "defense", "tasks": 2}
+    common = dict.fromkeys([*TABLE_KEYS, *curves.SETTING_COLUMNS, *curves.CURVE_KEYS], "x") | {
+        "role": "defense",
+        "tasks": 2,
+    }
     numbers = {"privacy_low": 0.4, "privacy_high": 0.6, "drop_low": 0.5, "drop_high": 1.5, "worst_task_privacy": 0.3}
     own = {"defense": "topk", "curve": "topk", "defense_label": "topk(p=0.9)", "unranked_because": None}
     lines = [common | numbers | own | {"privacy": p, "drop": d} for p, d in ((0.5, 1.0), (0.9, 7.0), (np.nan, 1.0))]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from leakbench.board import defense_text, pareto
+from leakbench.board.costs import JOINED
 from leakbench.board.curves import board, hypervolume
 from leakbench.board.defenses import curve_of, defenses
 from leakbench.errors import UserError
@@ -221,11 +222,15 @@ def test_a_curve_is_a_defense_without_its_strength(label, params, strength, expe
 # --- utility and ranking ----------------------------------------------------------------------------------------------
 
 
+SEEN = make([1.0])[0]
+
+
 def trained(name, drops, std=0.1, dataset="cifar10", status="ok", **changes):
     """Federated trainings of one defense, one a seed, beside an undefended accuracy of .8 and a chance of .1."""
     params = "{}" if name == "none" else json.dumps({"std": std})
     base = {"defense": name, "defense_version": 1, "defense_params": params, "defense_source_sha256": None}
     base |= dict.fromkeys(SETTING, "x") | {"dataset": dataset, "partition": "iid", "status": status}
+    base |= {name: SEEN[name] for name in JOINED if name != "dataset"} | {"architecture_params": "{}"}
     return [
         base | {"seed": seed, "accuracy": 0.8 - drop / 100, "drop": drop, "utility": (0.7 - drop / 100) / 0.7} | changes
         for seed, drop in enumerate(drops)
@@ -293,7 +298,66 @@ def test_a_failed_training_is_of_no_use_and_an_untrained_defense_has_no_rank():
     assert np.isnan(ranking.loc["a", "privacy_at_5"])
     assert ranking.loc["b", "unranked_because"] == "no federated training with it on this dataset"
     _, part, _ = ranked([attacked("a", 0.0)], [trained("a", [1, 1])])
+    assert part.loc["a(std=0.1)", "seeds"] == 2
     assert part.loc["a(std=0.1)", "no_utility_because"] == "1 of 3 federated trainings with it are missing"
+
+
+def test_a_setting_that_failed_to_train_is_in_no_class_however_small_its_mean_drop():
+    # one of three failed: drops .9, .9 and of chance 70 * 0 here, so that the mean of .6 would be in every class
+    costs = [*trained("a", [0.9, 0.9]), *trained("a", [0, 0, 0], status="error", utility=0.0)[2:]]
+    ranking, lines, tables = ranked([attacked("a", 0.4)], [costs])
+    assert lines.loc["a(std=0.1)", "drop"] == pytest.approx(0.6)
+    assert ranking.loc["a", [f"privacy_at_{points}" for points in (1, 2, 5)]].isna().all()
+    assert ranking.loc["a", "no_class_because"] == "a(std=0.1): 1 of 3 federated trainings with it failed"
+    assert ranking.loc["a", "unranked_because"] is None
+    assert "in no class: a(std=0.1): 1 of 3 federated trainings with it failed" in defense_text.markdown(tables)
+
+
+def test_a_share_of_nothing_is_no_utility():
+    ranking, lines, _ = ranked([attacked("a", 0.4)], [trained("a", [0.5] * 3, utility=np.nan)])
+    assert (
+        ranking.loc["a", "unranked_because"] == "the undefended net is not above chance in 3 of 3 federated trainings"
+    )
+    assert lines.loc["a(std=0.1)", "drop"] == pytest.approx(0.5)
+
+
+def test_less_than_three_seeds_are_listed_and_not_ranked_and_a_drop_that_may_be_outside_is_marked():
+    rows = frame(make([1.0] * 10, "knows", task=CIFAR, reference=0.0), attacked("a", 0.4))
+    two = pd.DataFrame([*trained("none", [0, 0]), *trained("a", [0.5, 0.5])])
+    tables = board(rows, two, RECOVERS)
+    assert tables["ranking"].iloc[0]["unranked_because"] == "fewer than 3 seeds"
+    assert by_label(tables["settings"]).loc["a(std=0.1)", "drop"] == pytest.approx(0.5)
+    # 1, 1.5, 2: half width 4.3027 * .5 / sqrt(3) = 1.24, up to 2.74: within 5 points, not surely within 2
+    ranking, _, tables = ranked([attacked("a", 0.4)], [trained("a", [1.0, 1.5, 2.0])])
+    assert ranking.loc["a", ["sure_at_2", "sure_at_5", "sure_at_1"]].tolist() == [False, True, None]
+    shown = defense_text.markdown(tables)
+    assert "#1? (std=0.1)" in shown
+    assert "#1 (std=0.1)" in shown
+
+
+@pytest.mark.parametrize("column", JOINED)
+def test_accuracy_of_another_season_version_or_copy_of_the_data_is_not_joined(column):
+    other = trained("a", [0.5] * 3, **{column: "other"}) + trained("none", [0] * 3, **{column: "other"})
+    rows = frame(make([1.0] * 10, "knows", task=CIFAR, reference=0.0), attacked("a", 0.4))
+    ranking = board(rows, pd.DataFrame(other), RECOVERS)["ranking"].iloc[0]
+    text = "no federated training with it on this dataset"
+    if column != "dataset":
+        text += " in this season and version, with an undefended one beside it"
+    assert ranking["unranked_because"] == text
+
+
+def test_of_several_trainings_the_one_most_like_what_was_attacked_counts_and_is_named():
+    small = {"architecture": "mlp", "sends": "gradient", "clients": 10, "rounds": 60, "batch_size": 32}
+    deep = small | {"architecture": "resnet20"}
+    costs = [trained(name, [drop] * 3, **own) for own, drop in ((small, 0.5), (deep, 4)) for name in ("a", "none")]
+    costs = [*costs, trained("none", [0] * 4, architecture="lenet5")]
+    rows = frame(make([1.0] * 10, "knows", task=CIFAR, reference=0.0), attacked("a", 0.4))
+    tables = board(rows, pd.DataFrame([line for part in costs for line in part]), RECOVERS)
+    line = by_label(tables["settings"]).loc["a(std=0.1)"]
+    assert line[["drop", "trainings", "other_trainings"]].tolist() == [pytest.approx(0.5), 3, 2]
+    assert line["training"] == "mlp, gradient, B=32, 10 clients, 60 rounds"
+    said = "accuracy of mlp, gradient, B=32, 10 clients, 60 rounds; iid; 2 other settings of training are less like"
+    assert said in defense_text.markdown(tables)
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=6))
@@ -328,7 +392,7 @@ def test_a_cohort_is_a_defense_of_the_same_task_with_one_client(task, expected):
 @pytest.fixture(scope="module")
 def tables():
     attacks = [attacked("a|b", 0.9, 0.1), attacked("a|b", 0.5, 1.0), attacked("c", 0.3), attacked("dear", 0.1)]
-    costs = [trained("a|b", [0.9, 1.0, 1.1], 0.1), trained("a|b", [3, 4, 5], 1.0), trained("dear", [30] * 3)]
+    costs = [trained("a|b", [0.9, 1.0, 1.1], 0.1), trained("a|b", [3.8, 4, 4.2], 1.0), trained("dear", [30] * 3)]
     return ranked(attacks, costs)[2]
 
 
