@@ -1,7 +1,8 @@
 """What AutoLeak found: the worst mean of its members, the worst in each trial, and what every member adds.
 
 The headline is the worst mean. The maximum over members in each trial knows the truth, as no attacker does, and grows
-with members even on noise: beside it stands the same maximum over the same members where nothing is sent.
+with members even on noise: beside it stands the same maximum over the same members where nothing is sent. Where some
+members were not run there is no score, and where less than half of them were, no line.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from leakbench.autoleak import CONTROL, ENSEMBLES
-from leakbench.board.columns import DEFENSE_KEYS, TASK_KEYS, Cell
+from leakbench.board.columns import ATTACK_KEYS, DEFENSE_KEYS, TASK_KEYS, Cell
 from leakbench.board.defenses import by_trial, comparable
 from leakbench.board.score import build_cells
 from leakbench.board.stats import bootstrap
@@ -23,7 +25,11 @@ from leakbench.board.stats import bootstrap
 AUTOLEAK_COLUMNS = {
     "defense_label": "defense with its notable parameters",
     "members": "members that counted",
-    "missing": "members that did not: not applicable, or not run; null: none",
+    "of_members": "members of the ensemble",
+    "declined": "members that were run, and are not applicable; null: none",
+    "missing": "members that were not run; null: none",
+    "complete": "whether all were run: otherwise what follows is no score of AutoLeak",
+    "older": "members of which rows of an older version, or of another source, are left out; null: none",
     "worst_member": "member of the worst mean",
     "worst": "headline: worst mean of the ranking metric over members",
     "ci_low": "lower end of its 95% interval",
@@ -48,7 +54,8 @@ MEMBER_COLUMNS = {
     "worst_drop_where": "task and defense of the largest drop; null: no drop",
     "maximum_drop": "mean drop of the maximum in each trial when it is left out",
     "maximum_drop_floor": f"the same on {CONTROL}: what a member adds that only guesses",
-    "adds": "whether it adds anything: some worst mean drops, or the maximum drops more than on the control",
+    "adds": "whether it adds anything: some worst mean drops, or the maximum drops more than on the control; "
+    "null: not known, as there is no control",
 }
 """The columns of `members`."""
 
@@ -64,11 +71,16 @@ OVERLAP_COLUMNS = {
 
 @dataclass(frozen=True)
 class _Block:
-    """Members against one defense on one task: values (trials x members), and the reference (trials,)."""
+    """Members against one defense on one task: values (trials x members), and the reference (trials,).
+
+    Besides, members that are not applicable, and those of which rows of an older version were left out.
+    """
 
     cells: list[Cell]
     values: pd.DataFrame
     reference: pd.Series[float]
+    declined: tuple[str, ...] = ()
+    older: tuple[str, ...] = ()
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -84,7 +96,7 @@ class _Block:
 
     def means(self) -> pd.Series[float]:
         """Return the mean of every member over its own trials."""
-        return pd.Series({str(cell.rows["attack_label"][0]): cell.score.mean for cell in self.cells})
+        return pd.Series({_name(cell): cell.score.mean for cell in self.cells})
 
     def without(self, member: str) -> tuple[float, float]:
         """Return the drop of the worst mean, and of the maximum, when a member is left out; to the reference at most.
@@ -104,22 +116,48 @@ def _blocks(rows: pd.DataFrame) -> Iterator[list[_Block]]:
     for target, ensemble in ENSEMBLES.items():
         worked = rows["budget_model_evaluations"].isna() | (rows["budget_model_evaluations"] >= ensemble.evaluations)
         kept |= (rows["target"] == target) & rows["attack_label"].isin(ensemble.members) & worked
-    for task in comparable(build_cells(rows[kept])):
+    rows = rows[kept]
+    for task in comparable(build_cells(rows)):
+        current, older = _newest(task, rows["utc"].to_numpy())
         chains: dict[tuple[Any, ...], list[Cell]] = {}
-        for cell in task:
-            if len(cell.tried):
-                chains.setdefault(tuple(cell.keys[key] for key in DEFENSE_KEYS), []).append(cell)
+        for cell in current:
+            chains.setdefault(tuple(cell.keys[key] for key in DEFENSE_KEYS), []).append(cell)
         blocks = []
-        for cells in chains.values():
-            order = ENSEMBLES[cells[0].keys["target"]].members
-            cells = sorted(cells, key=lambda cell: order.index(str(cell.rows["attack_label"][0])))
-            values = {str(c.rows["attack_label"][0]): by_trial(c, c.values(c.metric)) for c in cells}
+        for own in chains.values():
+            order = ENSEMBLES[own[0].keys["target"]].members
+            own = sorted(own, key=lambda cell: order.index(_name(cell)))
+            cells = [cell for cell in own if len(cell.tried)]
+            declined = tuple(_name(c) for c in own if c.count("not_applicable") and not len(c.tried))
+            if not cells or 2 * (len(cells) + len(declined)) < len(order):
+                continue
+            values = {_name(c): by_trial(c, c.values(c.metric)) for c in cells}
             reference = pd.concat([by_trial(c, c.reference(c.metric)) for c in cells], axis=1).max(axis=1)
             # Without an interval over the same trials there is no maximum in each.
             table = pd.concat(values, axis=1).dropna()
-            blocks.append(_Block(cells, table, reference.reindex(table.index)))
+            blocks.append(_Block(cells, table, reference.reindex(table.index), declined, older))
         if blocks:
             yield blocks
+
+
+def _name(cell: Cell) -> str:
+    return str(cell.rows["attack_label"][0])
+
+
+def _newest(task: list[Cell], utc: NDArray[Any]) -> tuple[list[Cell], tuple[str, ...]]:
+    """Return the cells of the newest version of every member on a task, and the members that have older ones.
+
+    Versions of a member share its label. Of sources with the same version the one that ran last is the newest.
+    """
+    entries: dict[str, dict[tuple[Any, ...], list[Cell]]] = {}
+    for cell in task:
+        entry = tuple(cell.keys[key] for key in ATTACK_KEYS)
+        entries.setdefault(_name(cell), {}).setdefault(entry, []).append(cell)
+
+    def age(cells: list[Cell]) -> tuple[Any, ...]:
+        return cells[0].keys["attack_version"] or 0, max(utc[cell.places].max() for cell in cells)
+
+    current = [cell for own in entries.values() for cell in max(own.values(), key=age)]
+    return current, tuple(sorted(name for name, own in entries.items() if len(own) > 1))
 
 
 def autoleak(rows: pd.DataFrame) -> pd.DataFrame:
@@ -143,6 +181,7 @@ def autoleak(rows: pd.DataFrame) -> pd.DataFrame:
 def _line(block: _Block, control: _Block | None) -> dict[str, Any]:
     expected = ENSEMBLES[block.keys["target"]].members
     present = list(block.values.columns)
+    missing = [member for member in expected if member not in (*present, *block.declined)]
     means = block.means()
     worst = block.cells[int(np.argmax(means.to_numpy()))]
     highest = block.values.max(axis=1)
@@ -152,8 +191,12 @@ def _line(block: _Block, control: _Block | None) -> dict[str, Any]:
     return block.keys | {
         "defense_label": block.label,
         "members": len(present),
-        "missing": ", ".join(member for member in expected if member not in present) or None,
-        "worst_member": str(worst.rows["attack_label"][0]),
+        "of_members": len(expected),
+        "declined": ", ".join(block.declined) or None,
+        "missing": ", ".join(missing) or None,
+        "complete": not missing,
+        "older": ", ".join(block.older) or None,
+        "worst_member": _name(worst),
         "worst": worst.score.mean,
         "ci_low": worst.score.low,
         "ci_high": worst.score.high,
@@ -185,7 +228,7 @@ def members(rows: pd.DataFrame) -> pd.DataFrame:
             floors = [block.without(member)[1] for block in own if block.control]
             most = int(drops[:, 0].argmax())
             floor = float(np.mean(floors)) if floors else np.nan
-            beyond = float(drops[:, 1].mean()) > (0.0 if np.isnan(floor) else floor)
+            beyond = float(drops[:, 1].mean()) > floor
             where = f"{cells[most].keys['task']} vs {cells[most].label}"
             line = {
                 "target": target,
@@ -197,10 +240,10 @@ def members(rows: pd.DataFrame) -> pd.DataFrame:
                 "worst_drop_where": where if drops[most, 0] > 0 else None,
                 "maximum_drop": drops[:, 1].mean(),
                 "maximum_drop_floor": floor,
-                "adds": bool(drops[most, 0] > 0 or beyond),
+                "adds": bool(drops[most, 0] > 0 or beyond) if floors else None,
             }
             lines.append(line)
-    return pd.DataFrame(lines, columns=list(MEMBER_COLUMNS))
+    return pd.DataFrame(lines, columns=list(MEMBER_COLUMNS)).astype({"adds": object})
 
 
 def overlap(rows: pd.DataFrame) -> pd.DataFrame:

@@ -207,7 +207,7 @@ def _autoleak(frame: pd.DataFrame) -> Iterator[Sheet]:
         lines = [
             [
                 line["defense_label"],
-                _interval(line["worst"], line["ci_low"], line["ci_high"], places),
+                _score(line, places),
                 _attack(line["worst_member"]),
                 _number(line["reference"], places),
                 _number(line["maximum"], places),
@@ -215,7 +215,11 @@ def _autoleak(frame: pd.DataFrame) -> Iterator[Sheet]:
             ]
             for line in part.to_dict("records")
         ]
-        missing = part["missing"].dropna().unique()
+        said = {
+            "not applicable somewhere": part["declined"],
+            "not run somewhere": part["missing"],
+            "rows of an older version, or of another source, are left out": part["older"],
+        }
         yield Sheet(
             f"AutoLeak v{autoleak.VERSION}: {first['task']}",
             [
@@ -229,9 +233,16 @@ def _autoleak(frame: pd.DataFrame) -> Iterator[Sheet]:
             lines,
             [
                 "max: of the members in each trial, an oracle's choice; its floor: the same where nothing is sent",
-                *(f"did not count somewhere: {text}" for text in missing),
+                *(f"{what}: {text}" for what, texts in said.items() for text in texts.dropna().unique()),
             ],
         )
+
+
+def _score(line: Mapping[Any, Any], places: int) -> str:
+    if line["complete"]:
+        return _interval(line["worst"], line["ci_low"], line["ci_high"], places)
+    run = line["of_members"] - len(line["missing"].split(", "))
+    return f"incomplete {run}/{line['of_members']} ({_number(line['worst'], places)})"
 
 
 def _members(frame: pd.DataFrame) -> Iterator[Sheet]:
@@ -244,13 +255,14 @@ def _members(frame: pd.DataFrame) -> Iterator[Sheet]:
                 _number(line["worst_drop_most"], 3),
                 _number(line["maximum_drop"], 3),
                 _number(line["maximum_drop_floor"], 3),
-                "yes" if line["adds"] else "NOTHING",
+                "?" if line["adds"] is None else "yes" if line["adds"] else "NOTHING",
             ]
             for line in part.to_dict("records")
         ]
         header = ["member", "worst in", "drop", "most", "drop of max", "on control", "adds"]
         note = "drop of the worst mean, and of the maximum in each trial, when the member is left out"
-        yield Sheet(f"what AutoLeak's members add, {target}", header, lines, [note])
+        unknown = [f"?: not known, as nobody attacked {autoleak.CONTROL}"] * any(line[-1] == "?" for line in lines)
+        yield Sheet(f"what AutoLeak's members add, {target}", header, lines, [note, *unknown])
 
 
 def _overlap(frame: pd.DataFrame) -> Iterator[Sheet]:

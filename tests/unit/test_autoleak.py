@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from leakbench import autoleak
 from leakbench.autoleak import ENSEMBLES, FAMILIES, Ensemble, spelled_out
 from leakbench.board.autoleak import autoleak as found_by
 from leakbench.board.autoleak import members, overlap
+from leakbench.board.defense_text import markdown
 from leakbench.entries import resolve_all
 from leakbench.errors import UserError
 from leakbench.grids import Budget, Suite
@@ -88,9 +90,9 @@ def test_a_wrong_use_is_one_line_that_says_where(tmp_path, text, grid, message):
 def test_a_smaller_budget_is_refused_and_such_rows_are_no_score(three):
     with pytest.raises(UserError, match=r"write budget: \{model_evaluations: 500\}"):
         suite(target="inputs").model_copy(update={"budget": Budget(model_evaluations=10)}).expand()
-    rich = make([0.5] * 6, "a", budget_model_evaluations=100)
-    assert len(found_by(frame(rich))) == 1
-    assert found_by(frame(make([0.5] * 6, "a", budget_model_evaluations=99))).empty
+    rich, poor = ([make([0.5] * 6, name, budget_model_evaluations=spent) for name in "abc"] for spent in (100, 99))
+    assert len(found_by(frame(*rich))) == 1
+    assert found_by(frame(*poor)).empty
 
 
 def test_it_is_listed_and_shown_with_members_budget_and_version(monkeypatch):
@@ -137,7 +139,7 @@ def test_the_floor_of_the_maximum_is_over_the_same_members(three):
     nothing = [make([0.1] * 6, "a", **NULL), make([0.5] * 6, "b", **NULL), make([0.1] * 6, "c", **NULL)]
     parts = [make([1.0] * 6, "a"), make([None] * 6, "b", **declined), make([0.1] * 6, "c")]
     line = found_by(frame(*parts, *nothing)).set_index("defense").loc["none"]
-    assert (line["members"], line["missing"]) == (2, "b")
+    assert (line["members"], line["declined"], line["missing"], line["complete"]) == (2, "b", None, True)
     assert line["maximum_floor"] == pytest.approx(0.1)
     assert np.isnan(found_by(frame(*parts)).loc[0, "maximum_floor"])
 
@@ -145,7 +147,10 @@ def test_the_floor_of_the_maximum_is_over_the_same_members(three):
 def test_what_a_member_adds_is_the_drop_without_it_and_one_that_adds_nothing_is_named(three):
     other = worked(defense="noise")
     other[1] = make([0.7] * 6, "b", defense="noise")
-    table = members(frame(*worked(), *other)).set_index("member")
+    nothing = [make([0.1] * 6, name, **NULL) for name in "abc"]
+    unknown = members(frame(*worked(), *other)).set_index("member")["adds"]
+    assert unknown.to_dict() == {"a": None, "b": None, "c": None}
+    table = members(frame(*worked(), *other, *nothing)).set_index("member")
     # none: means .6, .5, .233; noise: .6, .7, .233
     assert table["worst_drop"].to_dict() == pytest.approx({"a": 0.05, "b": 0.05, "c": 0})
     assert table["worst_drop_most"].to_dict() == pytest.approx({"a": 0.1, "b": 0.1, "c": 0})
@@ -178,8 +183,38 @@ def test_overlap_is_how_often_another_does_as_well_where_a_member_leaks(three):
 
 
 def test_only_rows_spelled_as_a_member_count():
-    member = ENSEMBLES["inputs"].members[1]
+    first, member, *_ = ENSEMBLES["inputs"].members
     own = make([20.0] * 6, "inverting_gradients", task=INPUTS, attack_params='{"steps": 500}')
     other = make([30.0] * 6, "inverting_gradients", task=INPUTS, attack_params='{"steps": 4800}')
-    line = found_by(frame(own, other)).iloc[0]
-    assert (line["worst_member"], line["worst"], line["members"]) == (member, 20, 1)
+    beside = make([15.0] * 6, first, task=INPUTS)
+    line = found_by(frame(own, other, beside)).iloc[0]
+    assert (line["worst_member"], line["worst"], line["members"]) == (member, 20, 2)
+
+
+def test_of_two_versions_of_a_member_the_newest_counts_and_it_is_said(three):
+    versions = {2: [0.5] * 6, 1: [0.9] * 6}
+    parts = [make(values, "a", attack_version=number) for number, values in versions.items()]
+    # of sources with the same version the one that ran last
+    days = {"y": datetime(2026, 1, 2, tzinfo=UTC), "x": datetime(2026, 1, 3, tzinfo=UTC)}
+    parts += [make([0.4 if s == "x" else 0.8] * 6, "b", attack_source_sha256=s, utc=day) for s, day in days.items()]
+    table = found_by(frame(*parts, make([0.3] * 6, "c")))
+    assert (table.loc[0, "worst_member"], table.loc[0, "worst"]) == ("a", pytest.approx(0.5))
+    assert (table.loc[0, "maximum"], table.loc[0, "members"]) == (pytest.approx(0.5), 3)
+    assert table.loc[0, "older"] == "a, b"
+    assert "older version, or of another source, are left out: a, b" in markdown({"autoleak": table})
+
+
+def test_an_incomplete_ensemble_has_no_score_and_one_of_less_than_half_no_line(three):
+    parts = worked()
+    two = found_by(frame(*parts[:2]))
+    assert two.loc[0, ["complete", "missing", "declined"]].tolist() == [False, "c", None]
+    assert "incomplete 2/3 (0.60)" in markdown({"autoleak": two})
+    assert found_by(frame(*parts)).loc[0, "complete"]
+    assert "incomplete" not in markdown({"autoleak": found_by(frame(*parts))})
+    assert found_by(frame(parts[0])).empty
+
+
+def test_what_a_member_adds_is_not_known_without_a_control(three):
+    text = markdown({"members": members(frame(*worked()))})
+    assert text.count("| ? |") == 3
+    assert "?: not known, as nobody attacked null_update" in text
