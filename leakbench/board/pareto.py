@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from leakbench.board.curves import CURVE_KEYS
 from leakbench.board.defenses import TABLE_KEYS
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 MOST_LINES = len(COLORS)
 """Most defenses in a panel: as many as there are colors that color-blind people tell apart."""
 
+CAPTION = (
+    "filled: all attacks; hollow: those that the defense does not name, as a share of what they reach undefended; "
+    "whiskers: 95% intervals, cut off at the frame; dashed: what is had without the update"
+)
+"""What stands below the picture."""
+
 _LETTERS = 34  # of a line of a legend
+_CAPTION_LETTERS = 95  # of a line of the caption, per panel side by side
 
 
 def chosen(settings: pd.DataFrame) -> pd.DataFrame:
@@ -66,13 +74,16 @@ def draw(settings: pd.DataFrame) -> Figure:
             _panel(axes, part)
         for axes in grid[len(panels) :]:
             axes.axis("off")
-        figure.supxlabel(
-            "filled: worst attack of all; hollow: worst that the defense does not name; "
-            "whiskers: 95% intervals; dashed: what is had without the update",
-            fontsize=8,
-            color="#555555",
-        )
+        text = "\n".join(textwrap.wrap(CAPTION, _CAPTION_LETTERS * across))
+        figure.supxlabel(text, fontsize=8, color="#555555")
         return figure
+
+
+def _across(axes: Axes, drop: NDArray[np.float64]) -> None:
+    """Let the points say what is seen: an interval from three seeds may be many times as wide."""
+    low, high = min(0.0, float(drop.min())), max(1.0, float(drop.max()))
+    margin = 0.08 * (high - low)
+    axes.set_xlim(low - margin, high + margin)
 
 
 def _panel(axes: Axes, part: pd.DataFrame) -> None:
@@ -107,7 +118,7 @@ def _panel(axes: Axes, part: pd.DataFrame) -> None:
             markerfacecolor="none",
             linestyle="",
         )
-        ranked = own["unranked_because"].isna().any()
+        ranked = (own["unranked_because"].isna() & own["no_utility_because"].isna()).any()
         labels.append(textwrap.fill(str(own["curve"].iloc[0]) + ("" if ranked else " (not ranked)"), _LETTERS))
         handles.append(Line2D([], [], linestyle=DASHES[number], linewidth=1.2, **style))
     if len(lines) > MOST_LINES:
@@ -116,6 +127,10 @@ def _panel(axes: Axes, part: pd.DataFrame) -> None:
     axes.set_xlabel("points of accuracy lost")
     axes.set_ylabel("share of the undefended leakage left")
     axes.set_ylim(-0.04, 1.1)
+    _across(axes, part["drop"].to_numpy(float))
+    said = "; ".join(dict.fromkeys(part["training"].dropna()))
+    if said:
+        axes.annotate(f"accuracy of {said}", (0.01, 0.985), xycoords="axes fraction", va="top", fontsize=7)
     axes.grid(color="#dddddd", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8, handlelength=3)

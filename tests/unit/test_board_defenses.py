@@ -11,6 +11,7 @@ import pytest
 from board_rows import INPUTS, LABELS, frame, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from leakbench.board import defense_text, pareto
@@ -420,8 +421,24 @@ def test_the_picture_holds_what_was_attacked_and_trained_and_is_the_same_file_ev
     axes = pareto.draw(tables["settings"]).axes[0]
     filled = next(line for line in axes.lines if list(line.get_xdata()) == pytest.approx([1.0, 4.0]))
     assert list(filled.get_ydata()) == pytest.approx([0.9, 0.5])
+    # a(std=.1) lost 1 point, a(std=1) 4, dear 30; whiskers of seeds do not widen the frame
+    assert axes.get_xlim() == pytest.approx((-2.4, 32.4))
     with pytest.raises(UserError, match="leakbench utility"):
         pareto.render(tables["settings"].assign(drop=np.nan), "svg")
+
+
+def test_the_caption_of_a_picture_of_one_panel_lies_inside_and_wide_whiskers_end_at_the_frame():
+    _, _, tables = ranked([attacked("a", 0.4)], [trained("a", [-40, 1, 42])])
+    figure = pareto.draw(tables["settings"])
+    FigureCanvasAgg(figure).draw()
+    (caption,) = figure.texts
+    box, page = caption.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    assert " ".join(caption.get_text().split()) == pareto.CAPTION
+    (axes,) = figure.axes
+    (whisker,) = [lines for lines in axes.collections if np.ptp(lines.get_segments()[0][:, 0]) > 0]
+    assert np.ptp(whisker.get_segments()[0][:, 0]) > 100
+    assert np.ptp(axes.get_xlim()) < 2
 
 
 def test_a_board_without_rows_has_every_table_and_no_line():
