@@ -108,10 +108,11 @@ def lock(suite: str, definition_only: bool) -> None:
 @click.option("--accountant", default="prv", show_default=True, help="Of Opacus: prv, rdp or gdp.")
 def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: Any) -> None:
     """Print the epsilon of DP-SGD: as usually told, and of an example that is in every step's batch."""
-    from leakbench.accounting import epsilon as sampled
-    from leakbench.accounting import gdp_epsilon
+    from leakbench.accounting import account, gdp_epsilon
 
-    usual = sampled(noise_multiplier, sample_rate, steps, delta, accountant)
-    mu = 2 * steps**0.5 / noise_multiplier if noise_multiplier else float("inf")
-    click.echo(f"{usual:.4g}  one example added or removed, Poisson sampling, {accountant} accountant")
-    click.echo(f"{gdp_epsilon(mu, delta):.4g}  one example replaced, in every step's batch: dp_sgd's clients here")
+    usual, used = account(noise_multiplier, sample_rate, steps, delta, accountant)
+    by = "closed form" if used == "exact" else f"{used} accountant"
+    why = " (out of prv's reach)" if (used, accountant) == ("rdp", "prv") else ""
+    every = gdp_epsilon(2 * steps**0.5 / noise_multiplier, delta)
+    click.echo(f"{usual:.4g}  one example added or removed, Poisson sampling, {by}{why}")
+    click.echo(f"{every:.4g}  one example replaced, in every step's batch: dp_sgd's clients here")
