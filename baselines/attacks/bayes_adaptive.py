@@ -21,12 +21,13 @@ from leakbench.inversion import (
 class BayesAdaptive(InversionAttack):
     """Bayes adaptive: searches the images that are most probable given what the defense made of their update.
 
-    A defense is a conditional distribution of what is sent given the clean update. Its logarithm, which every defense
-    here declares (squared distance under Gaussian noise, absolute under Laplace noise, agreement of signs, distance
-    from intervals of quantisation, ...), plus a total variation prior is maximised as in Inverting Gradients. What the
-    defense does before there is a gradient (to the batch, the labels or each example's gradient) is done by the
-    simulated client too, with fresh draws in every step, so that of mixed inputs all constituents are recovered at
-    once. Of several restarts the most probable one is claimed.
+    A defense is a conditional distribution of what is sent given the clean update. Its logarithm, or a score in its
+    place, where the defense declares one (squared distance under Gaussian noise, absolute under Laplace noise,
+    agreement of signs, distance from intervals of quantisation, ...), plus a total variation prior is maximised as in
+    Inverting Gradients. What a simulated defense does (to the batch, the labels or each example's gradient) is done by
+    the simulated client too, with fresh draws in every step, and matched by cosine, so that of mixed inputs all
+    constituents are recovered at once. Defenses that declare neither are not modelled. Of several restarts the most
+    probable one is claimed.
 
     Sees: gradients of all layers, weights, number of inputs, the defense; labels where granted. Where the defense is
     withheld or changes no update, on an aggregate, and where local steps cannot be simulated, it is Inverting Gradients

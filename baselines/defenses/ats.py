@@ -56,7 +56,7 @@ class ATS(Defense):
     Args:
         policies: Numbers joined by ``-``, policies joined by ``+``.
         always: Whether every transform of a policy happens. The pool has a probability for each, which the released
-            code stores and never asks; false asks it.
+            code's SubPolicy takes as p1 and never stores; false asks it.
 
     Differs from the released code: values are not rounded to 256 levels, so that an attack can differentiate through
     it, and no random crops and flips come first.

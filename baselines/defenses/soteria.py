@@ -1,4 +1,4 @@
-"""Soteria: columns of one layer's weight gradient pruned."""
+"""Soteria: columns of one dense layer's weight gradient pruned, those of the features of lowest score."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ EMPTY = 1e-4
 
 @register("soteria", version=1)
 class Soteria(Defense):
-    """Soteria: zeros the columns of one dense layer's weight gradient whose features tell most about the input.
+    """Soteria: zeros the columns of one dense layer's weight gradient whose features have the lowest score.
 
     A feature r_f of the layer's input is scored by the sum over the batch of ||d r_f / d x|| / (|r_f| + stabiliser),
     and the p percent of lowest score lose their column: of d features exactly floor(p d / 100), the first of equals.
-    All else is sent as it is, the layer's bias included.
+    Those features are the largest for how far the input moves them. All else is sent as it is, the layer's bias too.
+
+    On an mlp without a convolution the default layer is the first dense one, whose input is the image itself: every
+    pixel moves with itself alone, and those farthest from 0 lose their column. ``layer`` chooses a later one.
 
     Departures: the score is the released code's estimate of the paper's ||r (dr/dx)^-1||; that sums signed ratios,
     which a feature near 0 can turn anywhere, so magnitudes are taken here. Percentiles of the code keep ties, and
@@ -35,8 +38,8 @@ class Soteria(Defense):
 
     Args:
         p: Percentage of the columns that is pruned.
-        layer: Name of the defended layer, e.g. ``fc``; the first one that takes a vector where empty, whose input is
-            the representation that the paper defends.
+        layer: Name of the defended layer, e.g. ``fc``; the first one that takes a vector where empty, whose input is,
+            behind convolutions, the representation that the paper defends.
         stabiliser: Added to |r_f|. Public code adds 0.1, 1e-10 or nothing.
 
     Reference: Sun, Li, Wang, Yang, Li, Chen, "Soteria: Provable Defense against Privacy Leakage in Federated Learning

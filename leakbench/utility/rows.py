@@ -20,6 +20,8 @@ UTILITY_FIELDS: tuple[Field, ...] = (
     Field("partition", _TEXT, "How examples are spread over clients: iid or dirichlet(alpha)"),
     Field("client_sizes", _TEXT, "Examples of every client, JSON; null: not drawn", nullable=True),
     Field("holdout", _FLOAT, "Share of the private split by which learning rates are chosen"),
+    Field("lr_grid", _TEXT, "Learning rates to choose from, JSON list: the budget of the choice"),
+    Field("planned_seeds", _INT, "Repetitions of the plan that it is part of"),
     Field("evaluate_every", _INT, "Rounds between evaluations"),
     Field("seed", _INT, "Number of the repetition: init, partition, order of examples, the defense's draws"),
     *result_columns("defense", "job_id"),
@@ -47,7 +49,7 @@ UTILITY_FIELDS: tuple[Field, ...] = (
     Field(
         "client_seconds",
         _FLOAT,
-        "Client and defense: median wall seconds of a round, all clients together, transfer included; null: none done",
+        "Client and defense: median CPU seconds of a round in the clients' process, all clients; null: none done",
         nullable=True,
     ),
     Field(
@@ -61,7 +63,8 @@ UTILITY_FIELDS: tuple[Field, ...] = (
         "epsilon",
         _FLOAT,
         "Of the example that is used most often, replaced by another, over all rounds, at delta 1e-5 and without gain "
-        "by sampling: what the defense declares, composed as Gaussian; null: it promises nothing",
+        "by sampling: what the defense declares, composed as Gaussian; null: it promises nothing. The learning rate "
+        "was chosen on held-out private data, which is not accounted for",
         nullable=True,
     ),
     Field("refused", _FLOAT, "Mean share of the clients that refused the model; null: none done", nullable=True),
