@@ -59,8 +59,7 @@ class Costs:
             return
         own = utility[[*DEFENSE_KEYS, "dataset"]].drop_duplicates()
         self._elsewhere = {tuple(map(plain, keys)) for keys in own.itertuples(index=False, name=None)}
-        # Without an undefended twin, or without the data, a training tells nothing of the defense.
-        for keys, part in utility[utility["drop"].notna()].groupby([*JOINED, *_NAMES], dropna=False):
+        for keys, part in utility.groupby([*JOINED, *_NAMES], dropna=False):
             values = tuple(map(plain, keys))
             self._trained.setdefault(values[: len(JOINED)], {})[values[len(JOINED) :]] = part
 
@@ -83,11 +82,9 @@ class Costs:
         if not at:
             text = "no federated training with it on this dataset"
             if (*defense, keys["dataset"]) in self._elsewhere:
-                text += " in this season and version, with an undefended one beside it"
+                text += " in this season and version"
             return line | {"no_utility_because": text}, nothing
-        setting = max(
-            at, key=lambda key: (_likeness(dict(zip(_NAMES, key, strict=True)), tasks), _size(at[key]), repr(key))
-        )
+        setting = max(at, key=lambda key: (*_fitness(dict(zip(_NAMES, key, strict=True)), at[key], tasks), repr(key)))
         everything = at[setting]
         line |= {"training": _description(dict(zip(_NAMES, setting, strict=True))), "other_trainings": len(at) - 1}
         ids = list(map(repr, everything[["partition", "seed"]].itertuples(index=False, name=None)))
@@ -107,27 +104,28 @@ class Costs:
             return line | {"no_utility_because": text}, nothing
         if failed:
             line["no_class_because"] = f"{failed} of {len(part)} federated trainings with it failed"
+        unknown = part[part["drop"].isna() | part["utility"].isna()]
+        if len(unknown):
+            why = unknown["utility_note"].dropna()
+            text = f"accuracy lost is not known in {len(unknown)} of {len(part)} federated trainings"
+            return line | {"no_utility_because": text + (f", e.g. {why.iloc[0]}" if len(why) else "")}, nothing
         means = part.groupby("seed")[["drop", "utility", "accuracy"]].mean().astype(float)
         line |= {str(name): value for name, value in means.mean().items()}
         line["drop_low"], line["drop_high"] = interval(means["drop"].to_list())
-        lost = int(part["utility"].isna().sum())
-        if lost:
-            text = f"the undefended net is not above chance in {lost} of {len(part)} federated trainings"
-            return line | {"utility": np.nan, "no_utility_because": text}, nothing
         if line["seeds"] < MIN_SEEDS:
             line["no_utility_because"] = f"fewer than {MIN_SEEDS} seeds"
         drawn = np.concatenate(list(resamples(len(means), "utility", keys["dataset"]))) / len(means)
         return line, drawn @ means["utility"].to_numpy()
 
 
-def _likeness(setting: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """Return in how many tasks each of `LIKE` is the same, and in how many the rest, added up."""
+def _fitness(setting: Mapping[str, Any], part: pd.DataFrame, tasks: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Return what is compared of a setting: whether anybody was trained undefended, and then its likeness.
+
+    That is in how many tasks each of `LIKE` is the same, and in how many the rest, added up; then how many there are.
+    """
     same = {name: sum(name in task and plain(task[name]) == setting[name] for task in tasks) for name in setting}
-    return (*(same[name] for name in LIKE), sum(same.values()))
-
-
-def _size(part: pd.DataFrame) -> int:
-    return int((part["defense"] == "none").sum())
+    undefended = int((part["defense"] == "none").sum())
+    return (int(undefended > 0), *(same[name] for name in LIKE), sum(same.values()), undefended)
 
 
 def _description(setting: Mapping[str, Any]) -> str:

@@ -231,7 +231,10 @@ def trained(name, drops, std=0.1, dataset="cifar10", status="ok", **changes):
     params = "{}" if name == "none" else json.dumps({"std": std})
     base = {"defense": name, "defense_version": 1, "defense_params": params, "defense_source_sha256": None}
     base |= dict.fromkeys(SETTING, "x") | {"dataset": dataset, "partition": "iid", "status": status}
-    base |= {name: SEEN[name] for name in JOINED if name != "dataset"} | {"architecture_params": "{}"}
+    base |= {name: SEEN[name] for name in JOINED if name != "dataset"} | {
+        "architecture_params": "{}",
+        "utility_note": None,
+    }
     return [
         base | {"seed": seed, "accuracy": 0.8 - drop / 100, "drop": drop, "utility": (0.7 - drop / 100) / 0.7} | changes
         for seed, drop in enumerate(drops)
@@ -315,11 +318,14 @@ def test_a_setting_that_failed_to_train_is_in_no_class_however_small_its_mean_dr
 
 
 def test_a_share_of_nothing_is_no_utility():
-    ranking, lines, _ = ranked([attacked("a", 0.4)], [trained("a", [0.5] * 3, utility=np.nan)])
-    assert (
-        ranking.loc["a", "unranked_because"] == "the undefended net is not above chance in 3 of 3 federated trainings"
-    )
-    assert lines.loc["a(std=0.1)", "drop"] == pytest.approx(0.5)
+    note = "without a defense 12.0% is not clearly above chance, 10.0%"
+    lost = {"utility": np.nan, "drop": np.nan, "utility_note": note}
+    costs = [*trained("a", [0.5] * 2), *trained("a", [0.5] * 3, **lost)[2:]]
+    ranking, lines, tables = ranked([attacked("a", 0.4)], [costs])
+    why = f"accuracy lost is not known in 1 of 3 federated trainings, e.g. {note}"
+    assert ranking.loc["a", "unranked_because"] == why
+    assert lines.loc["a(std=0.1)", ["drop", "utility"]].isna().all()
+    assert f"not ranked, {why}: a" in defense_text.markdown(tables)
 
 
 def test_less_than_three_seeds_are_listed_and_not_ranked_and_a_drop_that_may_be_outside_is_marked():
@@ -343,7 +349,7 @@ def test_accuracy_of_another_season_version_or_copy_of_the_data_is_not_joined(co
     ranking = board(rows, pd.DataFrame(other), RECOVERS)["ranking"].iloc[0]
     text = "no federated training with it on this dataset"
     if column != "dataset":
-        text += " in this season and version, with an undefended one beside it"
+        text += " in this season and version"
     assert ranking["unranked_because"] == text
 
 
