@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from leakbench.errors import UserError
 from leakbench.grids import Cell, KeptFile
 from leakbench.keys import Season
 from leakbench.parts import content_hash
+from leakbench.results import load_utility
 from leakbench.stage import IN_TRAINING
 from leakbench.tasks import BatchSpec, Protocol, Task
-from leakbench.utility.spec import dirichlet_alpha
+from leakbench.utility.spec import SLOTS, dirichlet_alpha
 
 WHERE = Path("utility", "kept")
 """Where in an output directory `leakbench utility` keeps updates; see `leakbench.utility.kept`."""
 TARGETS = ("labels", "inputs")
 """What can be asked of a batch that was drawn without asking: the others need a fair coin."""
+_NO_TRAINING = "of trainings that failed, or at a learning rate that was not chosen"
 
 
 @dataclass(frozen=True)
@@ -46,52 +49,66 @@ class KeptCells:
 def kept_cells(out: Path, cells: Iterable[Cell], season: Season, *, trials: int | None = None) -> KeptCells:
     """Return the cells that attack what was kept under ``out``.
 
-    One cell holds the kept updates of one defense, dataset, net, batch and protocol, in the order of seed, partition,
-    round and client; each is a trial with a model of its own.
+    One cell holds the kept updates of one defense, dataset, net, batch and protocol, each a trial with a model of its
+    own. Of the same victim the trial has the same number under every defense; where a defense has gaps, as a training
+    failed, its trials are several cells. Only trainings that came to an end at a learning rate that was chosen count.
 
     Args:
         out: Output directory of `leakbench utility`.
         cells: The suite's.
         season: Of the run; the training's must be the same.
-        trials: Most trials of a cell; all where None.
+        trials: Most trials of a defense and federation, the same for all defenses; all where None.
 
     Raises:
-        UserError: Nothing was kept there, it is of another season, or damaged, or no cell fits any of it.
+        UserError: Nothing was kept there, it is of another season, or damaged, no cell fits any of it, or the rows of
+            its trainings are missing.
     """
-    groups: dict[str, list[tuple[dict[str, Any], KeptFile]]] = {}
-    for path in sorted((out / WHERE).glob("[!.]*.safetensors")):
-        note = _note(path)
+    paths = sorted((out / WHERE).glob("[!.]*.safetensors"))
+    if not paths:
+        raise UserError(
+            f"--in-training {out}: expected updates in {out / WHERE}, got none; make some with: leakbench utility "
+            f"SUITE --out {out}"
+        )
+    notes = [(path, _note(path)) for path in paths]
+    for path, note in notes:
         if note["season"] != season.name:
             raise UserError(
                 f"--in-training {out}: {path.name} is of season {note['season']}, expected {season.name}; use the same "
                 "--season-key as for leakbench utility"
             )
-        file = KeptFile(path.resolve(), hashlib.sha256(path.read_bytes()).hexdigest())
-        key = content_hash([_training(note).content(), note["defense_content"]])
-        groups.setdefault(key, []).append((note, file))
-    if not groups:
-        raise UserError(
-            f"--in-training {out}: expected updates in {out / WHERE}, got none; make some with: leakbench utility "
-            f"SUITE --out {out}"
-        )
+    rows = load_utility(out)
+    made = rows[rows["status"] == "ok"].set_index("job_id")["utc"].to_dict()
+    left_out: Counter[str] = Counter()
+    groups: dict[str, dict[int, tuple[dict[str, Any], Path]]] = {}
+    # Of the same trial, the latest: a rate may have been chosen from several grids.
+    for path, note in sorted(notes, key=lambda one: str(made.get(one[1]["run"]))):
+        if note["run"] not in made:
+            left_out[_NO_TRAINING] += 1
+        elif trials is None or note["trial"] % SLOTS < trials:
+            key = content_hash([_training(note).content(), note["defense_content"]])
+            groups.setdefault(key, {})[note["trial"]] = note, path
     suited = [cell for cell in cells if _suits(cell)]
     found: dict[str, Cell] = {}
-    left_out: Counter[str] = Counter()
     for members in groups.values():
-        members.sort(key=lambda member: [member[0][key] for key in ("seed", "partition", "round", "client", "run")])
-        note, files = members[0][0], tuple(file for _, file in members)[:trials]
+        note = next(iter(members.values()))[0]
+        files = {trial: _file(path) for trial, (_, path) in members.items()}
         training, fitting = _training(note), _fitting(note, suited)
-        for cell in fitting:
+        for cell, first in product(fitting, sorted(trial for trial in files if trial - 1 not in files)):
             own = {"threat_model": cell.task.threat_model, "target": cell.task.target, "stage": IN_TRAINING}
             task = Task(**{**dict(training), **own})
-            made = replace(cell, task=task, trials=len(files), model_draws="per_trial", kept=files)
+            kept = tuple(files[trial] for trial in takewhile(files.__contains__, count(first)))
+            block = replace(cell, task=task, first=first, trials=len(kept), model_draws="per_trial", kept=kept)
             entries = [entry.id_content() for entry in (cell.attack, *cell.defense)]
-            found.setdefault(content_hash([task.hash, entries]), made)
+            found.setdefault(content_hash([task.hash, entries, first]), block)
         if not fitting:
             left_out[_reason(note, suited)] += len(members)
     if not found:
         raise UserError(f"--in-training {out}: nothing to attack: {'; '.join(left_out)}")
     return KeptCells(list(found.values()), dict(left_out))
+
+
+def _file(path: Path) -> KeptFile:
+    return KeptFile(path.resolve(), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _note(path: Path) -> dict[str, Any]:
@@ -100,7 +117,8 @@ def _note(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="numpy") as file:
             note = json.loads(file.metadata()["leakbench"])
         note["task"] = Task.model_validate_json(json.dumps(note["task"]))
-        return {**note, "defense_content": list(note["defense_content"]), "season": str(note["season"])}
+        own = {"season": str(note["season"]), "trial": int(note["trial"]), "run": str(note["run"])}
+        return {**note, **own, "defense_content": list(note["defense_content"])}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: expected an update that leakbench utility kept, got {' '.join(str(error).split())}; remove it"
@@ -139,10 +157,7 @@ def _reason(note: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     """Return why no cell fits a kept update."""
     params = [(part["name"], part["params"]) for part in note["defense_content"]]
     if any([(part.name, dict(part.params)) for part in cell.defense] == params for cell in cells):
-        where = "of another dataset" if _same_code(note, cells) else "of another version of the defense"
+        same = any([part.id_content() for part in cell.defense] == note["defense_content"] for cell in cells)
+        where = "of another dataset" if same else "of another version of the defense"
         return f"{note['defense']}: the suite's attacks are {where} than the training on {note['task'].dataset}"
     return f"{note['defense']}: the suite has no attack on labels or inputs of it"
-
-
-def _same_code(note: Mapping[str, Any], cells: Sequence[Cell]) -> bool:
-    return any([part.id_content() for part in cell.defense] == note["defense_content"] for cell in cells)

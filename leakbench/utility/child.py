@@ -5,6 +5,8 @@ The clients are the trials of a block: what they do is what `leakbench.runner.ch
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -33,14 +35,18 @@ class TrainingRole(ClientRole):
         """One round: every client's update of the model that was sent, K in place of T.
 
         The body holds ``round``; the blobs are ``model`` (M = 1) and ``batch``: ``indices`` (K, N) into the examples
-        and, where the protocol's batches are shuffled, ``order`` (K, 1, local_steps, B).
+        and, where the protocol's batches are shuffled, ``order`` (K, 1, local_steps, B). The answer's ``cpu_seconds``
+        are those of this process.
         """
         self._load(message)
         batch = message.tensors("batch")
         self.images = self.examples[batch["indices"]][:, None]
         self.labels = self.classes[batch["indices"].to(self.device)][:, None]
         self.order = batch.get("order")
-        return super().round(message)
+        # Not wall time: other workers share the cores.
+        begun = time.process_time()
+        kind, body, blobs = super().round(message)
+        return kind, body | {"cpu_seconds": time.process_time() - begun}, blobs
 
     def promise(self, _: Message) -> Reply:
         """Return mu of one example of one round, as far as the defense declares it; see `chain_mu`."""

@@ -99,7 +99,7 @@ class Course:
         curve: [round, accuracy on the test split] of every evaluation; round counts those done.
         validation: Accuracies on what was held out, one for each.
         done: Rounds done.
-        seconds: Wall seconds of the clients, of each round.
+        seconds: CPU seconds of the clients' process, of each round.
         upload: Bytes of one client's update, of each round in which it was measured.
         refused: Share of the clients that refused, of each round.
         total_seconds: Wall seconds of the training.
@@ -127,7 +127,7 @@ class Course:
 
     @property
     def client_seconds(self) -> float | None:
-        """Median seconds of a round, all clients together; the first, which warms up, left out."""
+        """Median CPU seconds of a round, all clients together; the first, which warms up, left out."""
         return statistics.median(self.seconds[1:] or self.seconds) if self.seconds else None
 
     @property

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ class Kept:
         seed: Number of the repetition.
         defense: Expression that `leakbench.entries.resolve` takes; ``none`` for no defense.
         defense_content: Identity of every part of it, see `EntrySpec.id_content`.
+        trial: Number of the trial that attacks it: of the same victim the same, whatever the defense and learning rate.
+            It is `leakbench.utility.spec.SLOTS` times a number of the federation, plus seed * keep, plus the rank among
+            what was kept with that seed.
         round: Index of the round, from 0.
         client: Index of the client, from 0.
         head: Name of the last linear layer.
@@ -64,6 +67,7 @@ class Kept:
     seed: int
     defense: str
     defense_content: list[dict[str, Any]]
+    trial: int
     round: int
     client: int
     head: str
@@ -134,22 +138,6 @@ def write_kept(out: Path, kept: Kept) -> Path:
     except OSError as error:
         raise UserError(f"--out {out}: cannot write {path.name} ({error.strerror}); use another --out") from None
     return path
-
-
-def read_kept(out: Path, *, runs: Collection[str] | None = None) -> list[Kept]:
-    """Return what trainings under an output directory kept, by run, round and client; empty where nothing was.
-
-    Args:
-        out: Output directory of `leakbench utility`.
-        runs: Job ids of the trainings to look at, such as those of `leakbench.results.load_utility`, which has one
-            learning rate per defense; all where None.
-
-    Raises:
-        UserError: A file is damaged.
-    """
-    paths = (out / UTILITY_FOLDER / KEPT_FOLDER).glob("[!.]*.safetensors")
-    found = [read_file(path) for path in paths if runs is None or path.stem.partition("-")[0] in runs]
-    return sorted(found, key=lambda kept: (kept.run, kept.round, kept.client))
 
 
 def read_file(path: Path) -> Kept:

@@ -21,6 +21,8 @@ Ints = npt.NDArray[np.int64]
 
 LEAST = 10
 """Fewest examples of a client; a partition with fewer is drawn anew (as Li et al. 2022, arXiv 2102.02079)."""
+LEAST_HELD = 50
+"""Fewest examples by which learning rates are chosen."""
 MOST_DRAWS = 10_000
 
 
@@ -52,7 +54,7 @@ def cut(data: Dataset, partition: str, *, clients: int, holdout: float, seed: in
         partition: ``iid``: sizes as equal as whole numbers allow; ``dirichlet(alpha)``: each class's examples in
             proportions ~ symmetric Dirichlet(alpha) over the clients.
         clients: K.
-        holdout: Share of the private split.
+        holdout: Share of the private split; at least `LEAST_HELD` examples are held out.
         seed: Number of the repetition.
         key: The season's key.
 
@@ -62,7 +64,7 @@ def cut(data: Dataset, partition: str, *, clients: int, holdout: float, seed: in
     rows = data.rows("private")
     names: tuple[object, ...] = (data.fingerprint, holdout)
     shuffled = _shuffled(rows, keys.derive(key, "utility-holdout", *names))
-    held = max(1, round(holdout * len(rows)))
+    held = max(LEAST_HELD, round(holdout * len(rows)))
     left, alpha = np.sort(shuffled[held:]), dirichlet_alpha(partition)
     if len(left) < LEAST * clients:
         raise Unavailable(

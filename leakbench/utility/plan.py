@@ -6,6 +6,7 @@ resumption and workers are those of `leakbench run`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -15,6 +16,7 @@ from leakbench.entries import NO_DEFENSE, Description, EntrySpec, chain_label, r
 from leakbench.errors import UserError
 from leakbench.grids import Budget, Cell, Suite
 from leakbench.keys import Season
+from leakbench.parts import content_hash
 from leakbench.runner.plan import Job, plan
 from leakbench.tasks import BatchSpec, Task
 from leakbench.utility.spec import UtilityGrid
@@ -23,6 +25,8 @@ TRAINING = Description(
     kind="measure", name="utility", class_name="", version=1, reference="", summary="federated training from scratch"
 )
 """What stands where other jobs have an attack."""
+_UNSHOWN = ("partition", "lr", "lr_grid", "planned_seeds")
+"""Parameters that are columns of the row, or in the task."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,36 @@ class Setting:
         """Readable name."""
         return f"{self.task.dataset} / {self.task.architecture.label} / {self.partition} / {chain_label(self.defense)}"
 
-    def jobs(self, lr: float, seeds: int, season: Season) -> list[Job]:
-        """Return the trainings with a learning rate, by seed."""
+    @property
+    def params(self) -> dict[str, Any]:
+        """What is special about its trainings, but for the learning rate."""
         grid = self.grid
-        params: dict[str, Any] = {
+        return {
             "partition": self.partition,
-            "lr": lr,
             "clients": grid.clients,
             "rounds": grid.rounds,
             "holdout": grid.holdout,
+            "lr_grid": json.dumps(sorted(set(grid.lr))),
+            "planned_seeds": grid.seeds,
             "evaluate_every": grid.evaluate_every,
             "keep": grid.keep,
         }
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What tells it from others: a grid's list of defenses is no part of it."""
+        return {
+            "task": self.task.hash,
+            "defense": [part.id_content() for part in self.defense],
+            "threads": self.suite.threads_per_job,
+            **self.params,
+        }
+
+    def jobs(self, lr: float, seeds: int, season: Season) -> list[Job]:
+        """Return the trainings with a learning rate, by seed."""
+        params = self.params | {"lr": lr}
         task = self.task.model_copy(update={"protocol": self.task.protocol.model_copy(update={"lr": lr})})
-        shown = {name: value for name, value in params.items() if name not in ("partition", "lr")}
+        shown = {name: value for name, value in params.items() if name not in _UNSHOWN}
         cell = Cell(
             suite=self.suite.name,
             task=task,
@@ -114,8 +134,7 @@ def settings(suite: Suite, defenses: Sequence[str] = ()) -> list[Setting]:
                 protocol=protocol,
             )
             setting = Setting(suite, grid, task, partition, known["defense", text])
-            same = [part.id_content() for part in setting.defense]
-            found.setdefault(f"{task.hash} {grid.content()} {partition} {same}", setting)
+            found.setdefault(content_hash(setting.content), setting)
     return list(found.values())
 
 

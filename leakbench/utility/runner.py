@@ -41,6 +41,7 @@ from leakbench.utility.federation import Course, Server, final, upload_bytes
 from leakbench.utility.kept import Kept, expression, write_kept
 from leakbench.utility.partition import Ints, Shares, batches, cut
 from leakbench.utility.rows import UTILITY_FIELDS
+from leakbench.utility.spec import SLOTS
 
 PREDICT_SECONDS = 300.0
 """Time limit of an evaluation of a net that a defense changed."""
@@ -49,6 +50,9 @@ DELTA = 1e-5
 """At which epsilon is given."""
 WEIGHED = 8
 """Rounds, spread over the training, in which upload is measured, of one client each."""
+
+
+_COLUMNS = ("clients", "rounds", "partition", "holdout", "lr_grid", "planned_seeds", "evaluate_every")
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class UtilityRunner(Runner):
         row = {
             **blank_row(UTILITY_FIELDS),
             **job_columns(job, self._columns(course.isolation)),
-            **{name: params[name] for name in ("clients", "rounds", "partition", "holdout", "evaluate_every")},
+            **{name: params[name] for name in _COLUMNS},
             "seed": job.start,
             "status": course.status,
             "error": course.error,
@@ -220,34 +224,53 @@ class _Training:
         batch = {"indices": torch.from_numpy(np.searchsorted(self.drawn.pool, taken))}
         blobs = {"model": Blob.pack(state), "batch": Blob.pack(batch if order is None else batch | {"order": order})}
         seconds = CLIENT_SECONDS_PER_TRIAL * self.clients * self.task.protocol.local_steps + GRACE_SECONDS
-        begun = time.perf_counter()
         message = ask(
             clients, "round", {"round": index}, blobs, expect="update", seconds=seconds, limit=self.wanted, who="client"
         )
-        self.course.seconds.append(time.perf_counter() - begun)
         update = message.tensors("update")
         try:
             self.server.check(update)
-            refused = message.body.get("refused")
+            refused, spent = message.body.get("refused"), message.body.get("cpu_seconds")
             if not isinstance(refused, list) or not all(isinstance(v, float) and 0 <= v <= 1 for v in refused):
                 raise InvalidOutput(f"sent {str(refused)[:40]}, expected which clients refused")
+            if not isinstance(spent, float) or not 0 <= spent < math.inf:
+                raise InvalidOutput(f"sent {str(spent)[:40]}, expected CPU seconds")
         except InvalidOutput as error:
             raise InvalidOutput(f"client: round {index + 1}: {error}") from None
+        self.course.seconds.append(spent)
         self.course.refused.append(sum(refused) / max(len(refused), 1))
         if index % max(1, len(self.drawn.taken) // WEIGHED) == 0:
             self.course.upload.append(upload_bytes(update, index % self.clients))
-        for client in (k for r, k in self._chosen[:keep] if r == index):
-            self._keep(index, client, state, update, taken, order)
+        for rank, client in ((i, k) for i, (r, k) in enumerate(self._chosen[:keep]) if r == index):
+            trial = self._first_trial(keep) + self.job.start * keep + rank
+            self._keep(trial, index, client, state, update, taken, order)
         self.server.take(update)
 
     @cached_property
     def _chosen(self) -> list[tuple[int, int]]:
-        """All pairs (round, client), those to keep first; asked for when updates have come back, told to nobody."""
+        """All pairs (round, client), those to keep first; asked for when updates have come back, told to nobody.
+
+        The same for all defenses and learning rates, so that attacks on what was kept are paired.
+        """
+        names, key = (*self._federation, self.job.start), self.job.season.key
         pairs = product(range(len(self.drawn.taken)), range(self.clients))
-        return sorted(pairs, key=lambda pair: keys.derive(self.job.season.key, "utility-kept", self.job.id, *pair))
+        return sorted(pairs, key=lambda pair: keys.derive(key, "utility-kept", *names, *pair))
+
+    @property
+    def _federation(self) -> tuple[object, ...]:
+        """What decides the examples of every round, and what clients do with them."""
+        protocol = {name: value for name, value in self.task.protocol.content().items() if name != "lr"}
+        own = ("partition", "clients", "rounds", "holdout")
+        params = [self.job.attack.params[name] for name in own]
+        return self.drawn.data.fingerprint, self.task.architecture.content(), self.task.batch.size, protocol, *params
+
+    def _first_trial(self, keep: int) -> int:
+        """Return the first trial number of the federation, in 24 random bits: others have others."""
+        return SLOTS * (keys.seed(keys.PUBLIC_KEY, "utility-trials", *self._federation, keep) >> 39)
 
     def _keep(
         self,
+        trial: int,
         index: int,
         client: int,
         state: dict[str, Tensor],
@@ -267,6 +290,7 @@ class _Training:
             seed=job.start,
             defense=expression(job.defense),
             defense_content=[part.id_content() for part in job.defense],
+            trial=trial,
             round=index,
             client=client,
             head=self.weights.head,

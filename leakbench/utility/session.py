@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ import pyarrow.parquet as pq
 from leakbench.errors import Unavailable, UserError
 from leakbench.keys import DEVELOPMENT, Season
 from leakbench.provenance import code_sha256
-from leakbench.results import UTILITY_FOLDER, completed_jobs, load_utility, prepare_out
+from leakbench.results import UTILITY_FOLDER, completed_jobs, prepare_out, read_files
 from leakbench.runner.plan import Job
 from leakbench.runner.pool import Summary, resume
 from leakbench.runner.session import Request, read_season, run_planned, write_plan
 from leakbench.suites import load_suite
 from leakbench.utility.plan import Setting, best_rate, settings
-from leakbench.utility.summary import lines, table
+from leakbench.utility.summary import compared, lines, table
 
 
 @dataclass
@@ -32,8 +33,11 @@ class UtilityReport:
         planned: Trainings of the plan.
         run: Trainings run now.
         skipped: Trainings whose rows were there.
-        failed: What failed, now or before: training and error. Not a failure of the command: it is utility 0.
-        summary: What `leakbench.utility.summary.table` makes of all rows.
+        failed: What crashed or could not be run, now or before: training and error.
+        useless: What diverged or sent what is no update, at the learning rate that was chosen: utility 0.
+        rejected: The same at other learning rates.
+        next: What to type to attack what was kept, and to see both.
+        summary: What `leakbench.utility.summary.table` makes of the rows of the plan.
     """
 
     out: str
@@ -41,6 +45,9 @@ class UtilityReport:
     run: int = 0
     skipped: int = 0
     failed: list[str] = field(default_factory=list)
+    useless: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    next: list[str] = field(default_factory=list)
     summary: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def content(self) -> dict[str, Any]:
@@ -53,8 +60,9 @@ class UtilityReport:
         there = f", {self.skipped} were there" if self.skipped else ""
         text = [*lines(self.summary), "", f"{self.run} of {self.planned} trainings run{there}"]
         text += [f"  failed: {line}" for line in self.failed]
-        out = Path(self.out).parent
-        return "\n".join([*text, f"rows: {self.out}", f"next: leakbench board {out} --defenses"])
+        text += [f"  utility 0: {line}" for line in self.useless]
+        text += [f"  rejected learning rate: {line}" for line in self.rejected]
+        return "\n".join([*text, f"rows: {self.out}", *(f"next: {line}" for line in self.next)])
 
 
 def run_utility(request: Request) -> UtilityReport:
@@ -75,17 +83,33 @@ def run_utility(request: Request) -> UtilityReport:
     store = out / UTILITY_FOLDER
     prepare_out(store)
     report = UtilityReport(out=str(store))
-    candidates = [job for setting in wanted for job in setting.candidates(season)]
+    candidates = _distinct(job for setting in wanted for job in setting.candidates(season))
     first = _run(candidates, candidates, out, request, season)
     holdout = _holdout(store, season, {job.id for job in candidates})
-    final = [job for setting in wanted for job in _final(setting, holdout, season)]
-    planned = list({job.id: job for job in (*candidates, *final)}.values())
+    final = _distinct(job for setting in wanted for job in _final(setting, holdout, season))
+    planned = _distinct((*candidates, *final))
     second = _run([job for job in final if job.id not in holdout], planned, out, request, season)
     report.planned, report.run = len(planned), first.done + second.done
     report.skipped = report.planned - report.run
-    report.failed = _failed(store, season, planned)
-    report.summary = table(load_utility(out))
+    rows = read_files([store], "utility")
+    # Other rows may be of other budgets.
+    rows = rows[rows["job_id"].isin({job.id for job in planned}) & (rows["season"] == season.name)]
+    _tell_failures(report, rows, planned, {job.id for job in final})
+    report.summary = table(compared(rows))
+    report.next = _next(request, out, any(trainings.keep for trainings in suite.utility))
     return report
+
+
+def _distinct(jobs: Iterable[Job]) -> list[Job]:
+    return list({job.id: job for job in jobs}.values())
+
+
+def _next(request: Request, out: Path, keeps: bool) -> list[str]:
+    run = ["leakbench", "run", request.suite, "--out", str(out)]
+    run += [word for text in request.defenses for word in ("--defense", text)]
+    run += ["--season-key", str(request.season_key)] if request.season_key is not None else []
+    run += ["--in-training", str(out)] if keeps else []
+    return [shlex.join(run), shlex.join(["leakbench", "board", str(out), "--defenses"])]
 
 
 def _at_hand(wanted: Sequence[Setting]) -> list[Setting]:
@@ -129,12 +153,11 @@ def _holdout(store: Path, season: Season, wanted: set[str]) -> dict[str, float |
     return {row["job_id"]: row["accuracy_holdout"] for row in found}
 
 
-def _failed(store: Path, season: Season, planned: Sequence[Job]) -> list[str]:
-    labels = {job.id: job.label for job in planned}
-    files = [file for key, file in completed_jobs(store, season.name).items() if key in labels]
-    rows = [
-        pq.read_table(f.path, columns=["job_id", "status", "error"]).to_pylist()[0]
-        for f in files
-        if "ok" not in f.statuses
-    ]
-    return sorted(f"{labels[row['job_id']]}: {row['status']}: {row['error']}" for row in rows)
+def _tell_failures(report: UtilityReport, rows: pd.DataFrame, planned: Sequence[Job], final: set[str]) -> None:
+    """Sort what did not come to its end: only what a defense does to the numbers is no failure of the command."""
+    labels = {job.id: f"{job.label}, lr {job.attack.params['lr']}" for job in planned}
+    for row in rows[rows["status"] != "ok"].sort_values("job_id").to_dict("records"):
+        name = row["job_id"]
+        useless = report.useless if name in final else report.rejected
+        where = useless if row["status"] == "invalid" else report.failed
+        where.append(f"{labels[name]}: {row['status']}: {row['error']}")

@@ -13,6 +13,8 @@ from pydantic import AfterValidator, Field, model_validator
 from leakbench.parts import Axis, Part, axis
 from leakbench.tasks import Architecture, Protocol
 
+SLOTS = 1 << 16
+"""Trial numbers of a federation; see `leakbench.utility.kept.Kept.trial`."""
 IID = "iid"
 """The partition that gives every client as many examples, drawn uniformly."""
 
@@ -68,8 +70,8 @@ class UtilityGrid(Part):
     held-out part of the private split, with the first seed. Of equal ones the first."""
     seeds: Annotated[int, Field(ge=1)] = 3
     """Repetitions: another init, partition and order of examples each, the same for all defenses."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the private split that is held out."""
+    holdout: Annotated[float, Field(ge=0.01, lt=1)] = 0.1
+    """Share of the private split that is held out; at least 50 examples are."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Rounds between evaluations; the last round is always evaluated."""
     normalise: bool = True

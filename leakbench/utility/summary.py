@@ -19,17 +19,23 @@ SETTING = (
     *("season", "season_commitment", "benchmark_version", "dataset", "dataset_fingerprint", "normalise"),
     *("architecture", "architecture_init", "architecture_params", "batch_size", "sends", "local_steps", "momentum"),
     *("weight_decay", "reduction", "batches", "batches_per_epoch", "batch_norm", "send_buffers", "precision"),
-    *("clients", "rounds", "holdout", "evaluate_every", "partition"),
+    *("clients", "rounds", "holdout", "lr_grid", "planned_seeds", "evaluate_every", "partition"),
 )
 """What a defended training has in common with the undefended one that it is compared with."""
 
 TARGET_SHARE = 0.95
 """Share of the undefended accuracy that counts as having got there."""
 
-COMPARED = ("drop", "utility", "rounds_to_target", "client_time_ratio", "upload_ratio")
+CLEAR = 0.05
+"""By how much undefended accuracy has to exceed chance for there to be something to lose."""
+
+NUMBERS = ("drop", "utility", "rounds_to_target", "client_time_ratio", "upload_ratio")
+COMPARED = (*NUMBERS, "utility_note")
 """Columns that `compared` adds: points of accuracy lost; (accuracy - chance) / (undefended - chance) in [0, 1], 0 of a
-failed training; rounds to 95% of the undefended accuracy, null: never; client seconds and upload bytes as multiples of
-the undefended training's. Each against the undefended training of the same setting and seed; null: there is none."""
+defense of which a training failed; rounds to 95% of the undefended accuracy, null: never; client seconds and upload
+bytes as multiples of the undefended training's. Each against the undefended training of the same setting and seed,
+client seconds at the same learning rate, too; null: there is none, it failed, or it is not clearly above chance (at
+least `CLEAR`). Which of these, and how many trainings failed, is in ``utility_note``; null: nothing to note."""
 
 
 def latest(rows: pd.DataFrame) -> pd.DataFrame:
@@ -56,24 +62,42 @@ def chosen(rows: pd.DataFrame) -> pd.DataFrame:
 
 def compared(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `chosen` learning rates with the columns of `COMPARED`."""
-    found = chosen(latest(rows)).reset_index(drop=True)
+    every = latest(rows)
+    found = chosen(every).reset_index(drop=True)
     keys = [*SETTING, "seed"]
-    values = ["accuracy", "client_seconds", "upload_bytes"]
-    undefended = found[(found["defense"] == "none") & (found["status"] == "ok")]
-    twins = undefended[[*keys, *values]].drop_duplicates(keys)
-    level = found[keys].merge(twins, on=keys, how="left")
-    # The scale is fixed by training without a defense; of a failed training it is 0, whatever the net guessed.
-    gained = (found["accuracy"] - found["accuracy_chance"]) / (level["accuracy"] - found["accuracy_chance"])
+    twin = _undefended(found, found, keys, ["status", "error", "accuracy", "upload_bytes"])
+    trained, clear = twin["status"] == "ok", twin["accuracy"] - found["accuracy_chance"] >= CLEAR
+    level = twin["accuracy"].where(trained & clear)
+    # The scale is fixed by training without a defense; one that cannot always be trained with is of no use.
+    gained = (found["accuracy"] - found["accuracy_chance"]) / (level - found["accuracy_chance"])
+    groups = (found["status"] != "ok").groupby([found[key] for key in (*SETTING, *DEFENSE_KEYS)], dropna=False)
+    failed, seeds = groups.transform("sum"), groups.transform("size")
+    useless = (failed > 0) & (found["defense"] != "none")
+    same_rate = _undefended(every[every["status"] == "ok"], found, [*keys, "lr"], ["client_seconds"])
     columns: dict[str, Any] = {
-        "drop": 100 * (level["accuracy"] - found["accuracy"]),
-        "utility": gained.clip(0, 1).where((found["status"] == "ok") | level["accuracy"].isna(), 0.0),
+        "drop": 100 * (level - found["accuracy"]),
+        "utility": gained.clip(0, 1).mask(useless & level.notna(), 0.0),
         "rounds_to_target": [
-            _reached(curve, TARGET_SHARE * goal) for curve, goal in zip(found["curve"], level["accuracy"], strict=True)
+            _reached(curve, TARGET_SHARE * goal) for curve, goal in zip(found["curve"], level, strict=True)
         ],
-        "client_time_ratio": found["client_seconds"] / level["client_seconds"],
-        "upload_ratio": found["upload_bytes"] / level["upload_bytes"],
+        "client_time_ratio": found["client_seconds"] / same_rate["client_seconds"],
+        "upload_ratio": found["upload_bytes"] / twin["upload_bytes"].where(trained),
     }
-    return found.assign(**columns)
+    notes = pd.Series(None, index=found.index, dtype=object)
+    notes[useless] = [f"{a} of {b} trainings failed" for a, b in zip(failed[useless], seeds[useless], strict=True)]
+    notes[~clear] = [
+        f"without a defense {100 * accuracy:.1f}% is not clearly above chance, {100 * chance:.1f}%"
+        for accuracy, chance in zip(twin["accuracy"][~clear], found["accuracy_chance"][~clear], strict=True)
+    ]
+    notes[~trained] = [f"the undefended training failed: {error}" for error in twin["error"][~trained]]
+    notes[twin["status"].isna()] = "there is no undefended training"
+    return found.assign(**columns, utility_note=notes)
+
+
+def _undefended(rows: pd.DataFrame, found: pd.DataFrame, keys: list[str], values: list[str]) -> pd.DataFrame:
+    """Return the undefended training's values for every row of ``found``, null where there is none."""
+    own = rows.loc[rows["defense"] == "none", [*keys, *values]].drop_duplicates(keys)
+    return found[keys].merge(own, on=keys, how="left")
 
 
 def _reached(curve: str | None, goal: float) -> float:
@@ -91,17 +115,19 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         `SETTING` and `DEFENSE_KEYS`, ``defense_label``, ``defense_strength``, ``lr``, ``seeds``, ``failed``, means of
-        ``accuracy`` and of `COMPARED` (of ``rounds_to_target`` null where one seed never got there), the greatest
-        ``epsilon``, and the ends of the 95% t-intervals over seeds of accuracy and drop, null with one seed.
+        ``accuracy`` and of `NUMBERS` (of ``rounds_to_target`` null where one seed never got there), ``utility_note``,
+        the greatest ``epsilon``, and the ends of the 95% t-intervals over seeds of accuracy and drop, null with one
+        seed.
     """
     lines = []
     for keys, own in rows.groupby([*SETTING, *DEFENSE_KEYS, "lr"], dropna=False, sort=False):
         line: dict[str, Any] = dict(zip((*SETTING, *DEFENSE_KEYS, "lr"), keys, strict=True))
         line |= {name: own[name].iloc[0] for name in ("defense_label", "defense_strength")}
         line |= {"seeds": len(own), "failed": int((own["status"] != "ok").sum())}
-        line |= {name: own[name].mean(skipna=name != "rounds_to_target") for name in ("accuracy", *COMPARED)}
+        line |= {name: own[name].mean(skipna=name != "rounds_to_target") for name in ("accuracy", *NUMBERS)}
         line["epsilon"] = own["epsilon"].max()
         errors = own.loc[own["status"] != "ok", "error"]
+        line["utility_note"] = "; ".join(own["utility_note"].dropna().unique()) or None
         line["error"] = None if errors.empty else errors.iloc[0]
         for name in ("accuracy", "drop"):
             line[f"{name}_low"], line[f"{name}_high"] = interval(own[name].to_list())
@@ -138,6 +164,11 @@ def lines(summary: pd.DataFrame) -> list[str]:
         for row in shown:
             cells = [c.ljust(w) if i < _LEFT else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
             text.append("  ".join(cells).rstrip())
+        noted: dict[tuple[str, str], list[str]] = {}
+        for line in own.to_dict("records"):
+            if line["utility_note"] is not None:
+                noted.setdefault((line["partition"], line["utility_note"]), []).append(line["defense_label"])
+        text += [f"  {partition}, {', '.join(who)}: {note}" for (partition, note), who in noted.items()]
     return text[1:]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -22,16 +24,19 @@ from leakbench.grids import KeptFile
 from leakbench.keys import DEVELOPMENT, Season
 from leakbench.models.functional import build_model
 from leakbench.randomness import TrialRandom
-from leakbench.results import load_rows
+from leakbench.results import load_rows, write_job
 from leakbench.runner import session
 from leakbench.runner.exchange import _check_finite as check_finite
 from leakbench.runner.plan import plan
 from leakbench.stage import IN_TRAINING, SGDStage, stage_order
+from leakbench.submitting.verify import verify
 from leakbench.suites import load_suite
 from leakbench.tasks import Architecture, BatchSpec, Protocol, Task, ThreatModel
 from leakbench.utility.attacked import kept_cells
 from leakbench.utility.kept import Kept, write_kept
+from leakbench.utility.rows import UTILITY_FIELDS
 from leakbench.utility.session import run_utility
+from leakbench.utility.spec import SLOTS
 
 ENTRIES = """
 import torch
@@ -123,11 +128,28 @@ BN = MLP.model_copy(
 SEED = 5
 
 
-def trained(out, task, *, defense="none", rounds=3, run=None, season="development", change=None):
+def row_of(out, run, **columns):
+    """Write the row of a training: of a setting of its own, unless ``partition`` says otherwise."""
+    blank = {pa.string(): "", pa.int64(): 0, pa.float64(): 0.1, pa.bool_(): False}
+    row = {field.name: blank.get(field.type) for field in UTILITY_FIELDS}
+    row |= {
+        "utc": datetime(2026, 1, 1, tzinfo=UTC),
+        "job_id": run,
+        "season": "development",
+        "partition": run,
+        "defense": "none",
+    }
+    row |= {"status": "ok", "error": None, "curve": "[]", **columns}
+    write_job(out / "utility", run, "development", [row], UTILITY_FIELDS)
+
+
+def trained(out, task, *, defense="none", rounds=3, run=None, season="development", change=None, trial=0, row=None):
     """Train with one client by plain gradient steps, and keep the update of every round but the first.
 
-    Nobody defends; ``defense`` is what it is called.
+    Nobody defends; ``defense`` is what it is called. ``trial`` is the number of the first.
     """
+    run = run or task.hash[:16]
+    row_of(out, run, **(row or {}))
     data, protocol = load_dataset(task.dataset), task.protocol
     count, stream = protocol.local_batches * task.batch.size, np.random.default_rng(SEED)
     shape, named = data.input_spec.shape, resolve("defense", defense)
@@ -145,7 +167,7 @@ def trained(out, task, *, defense="none", rounds=3, run=None, season="developmen
             model, inputs, labels[None], random=random, state=state, order=order, round_index=round_index
         )
         kept = Kept(
-            run=run or task.hash[:16],
+            run=run,
             season=season,
             task=task,
             fingerprint=data.fingerprint,
@@ -154,6 +176,7 @@ def trained(out, task, *, defense="none", rounds=3, run=None, season="developmen
             seed=0,
             defense=defense,
             defense_content=[part.id_content() for part in named],
+            trial=trial + round_index - 1,
             round=round_index,
             client=0,
             head=model.head,
@@ -322,7 +345,8 @@ def test_cells_are_those_of_the_suite_with_the_trainings_task(suite, made):
 
 def test_gradients_of_trainings_at_other_rates_are_trials_of_one_task(suite, tmp_path):
     for rate in (0.1, 0.5):
-        trained(tmp_path, MLP.model_copy(update={"protocol": Protocol(lr=rate)}), run=f"lr{rate}")
+        first = 0 if rate == 0.1 else 2
+        trained(tmp_path, MLP.model_copy(update={"protocol": Protocol(lr=rate)}), run=f"lr{first}", trial=first)
         trained(tmp_path, STEPS.model_copy(update={"protocol": STEPS.protocol.model_copy(update={"lr": rate})}))
     found = kept_cells(tmp_path, cells_of(suite), DEVELOPMENT).cells
     rates = {(c.task.protocol.sends, c.task.protocol.lr, c.trials) for c in found}
@@ -334,6 +358,37 @@ def test_what_guessing_is_worth_follows_the_partition(suite, tmp_path):
         trained(tmp_path, MLP, run=partition[0], change=lambda kept, own=partition: replace(kept, partition=own))
     found = {cell.task.batch: cell.trials for cell in kept_cells(tmp_path, cells_of(suite), DEVELOPMENT).cells}
     assert found == {BatchSpec(size=1): 2, BatchSpec(size=1, sampler="dirichlet", alpha=0.1): 2}
+
+
+def test_only_trainings_that_came_to_an_end_at_the_chosen_rate_are_attacked(suite, tmp_path):
+    one = {"partition": "iid"}
+    trained(tmp_path, MLP, run="good", row=one | {"lr": 0.3, "accuracy_holdout": 0.8})
+    trained(tmp_path, MLP, run="bad", trial=2, row=one | {"lr": 0.1, "accuracy_holdout": 0.7})
+    trained(tmp_path, MLP, run="broken", trial=4, row={"status": "invalid"})
+    found = kept_cells(tmp_path, cells_of(suite), DEVELOPMENT)
+    assert {cell.trials for cell in found.cells} == {2}
+    assert {Path(file.path).name.partition("-")[0] for cell in found.cells for file in cell.kept} == {"good"}
+    assert found.left_out == {"of trainings that failed, or at a learning rate that was not chosen": 4}
+
+
+def test_a_gap_moves_no_trial(suite, tmp_path):
+    base = 7 * SLOTS
+    for seed in range(4):
+        status = "invalid" if seed == 1 else "ok"
+        trained(tmp_path, MLP, run=f"s{seed}", trial=base + 2 * seed, row={"status": status})
+    found = kept_cells(tmp_path, cells_of(suite), DEVELOPMENT).cells
+    jobs = [job for job in plan(found, DEVELOPMENT) if job.attack.name == "analytic"]
+    numbers = {trial - base: file.path.name for job in jobs for trial, file in zip(job.trials, job.kept, strict=True)}
+    assert numbers == {2 * seed + i: f"s{seed}-{i + 1}-0.safetensors" for seed in (0, 2, 3) for i in (0, 1)}
+    few = plan(kept_cells(tmp_path, cells_of(suite), DEVELOPMENT, trials=5).cells, DEVELOPMENT)
+    assert {trial - base for job in few for trial in job.trials} == {0, 1, 4}
+
+
+def test_of_two_trainings_behind_a_trial_the_later_is_attacked(suite, tmp_path):
+    for run, day in (("old", 1), ("new", 3), ("mid", 2)):
+        trained(tmp_path, MLP, run=run, row={"utc": datetime(2026, 1, day, tzinfo=UTC), "lr_grid": run})
+    found = kept_cells(tmp_path, cells_of(suite), DEVELOPMENT).cells
+    assert {file.path.name for cell in found for file in cell.kept} == {f"new-{i}-0.safetensors" for i in (1, 2)}
 
 
 def cell_with(suite, **changes):
@@ -494,7 +549,9 @@ def cheat(tmp_path_factory):
         assert run_utility(replace(asked, in_training=None)).failed == []
         report = session.run_suite(asked)
     assert (report.planned, report.failed) == (4, [])
-    return load_rows(out)
+    rows = load_rows(out)
+    rows.attrs["out"] = out
+    return rows
 
 
 def test_a_defense_that_behaves_only_when_attacked_is_private_where_it_is_attacked_and_leaks_in_training(cheat):
@@ -505,6 +562,15 @@ def test_a_defense_that_behaves_only_when_attacked_is_private_where_it_is_attack
     assert means[True, "untrained"] < chance + 0.1
     # Which rounds were kept is nobody's to know; few are the first.
     assert means[True, IN_TRAINING] > (means[False, IN_TRAINING] + chance) / 2 > means[True, "untrained"]
+
+
+def test_attacks_on_what_was_kept_are_paired_and_verified(cheat):
+    sent = cheat[cheat.stage == IN_TRAINING]
+    shown = sent.pivot_table(index="trial", columns="defense", values=["distinct_labels", "max_label_count"])
+    assert len(shown) == 12
+    for name in ("distinct_labels", "max_label_count"):
+        assert shown[name].nunique(axis=1).eq(1).all()
+    assert verify([cheat.attrs["out"]], entries=[f"{EXPLOIT}:NoiseWhenAttacked"]).problems == []
 
 
 def test_the_board_ranks_such_a_defense_by_what_it_sent_in_training(cheat):

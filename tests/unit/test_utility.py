@@ -27,13 +27,13 @@ from leakbench.runner.pool import run_jobs
 from leakbench.runner.scene import Scenes
 from leakbench.tasks import Protocol
 from leakbench.utility.federation import Server, upload_bytes
-from leakbench.utility.kept import expression, read_kept
-from leakbench.utility.partition import LEAST, batches, cut
+from leakbench.utility.kept import expression, read_file
+from leakbench.utility.partition import LEAST, LEAST_HELD, batches, cut
 from leakbench.utility.plan import best_rate, settings
 from leakbench.utility.rows import UTILITY_FIELDS
 from leakbench.utility.runner import UtilityRunner
-from leakbench.utility.spec import UtilityGrid
-from leakbench.utility.summary import compared, interval, table
+from leakbench.utility.spec import SLOTS, UtilityGrid
+from leakbench.utility.summary import compared, interval, lines, table
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 NET = {"name": "mlp", "params": {"width": 8, "depth": 1}}
@@ -101,7 +101,8 @@ def row_of(runner, job):
 
 
 def kept_of(runner, job):
-    return {(kept.round, kept.client): kept for kept in read_kept(runner._out, runs={job.id})}
+    found = map(read_file, (runner._out / "utility" / "kept").glob(f"{job.id}-*.safetensors"))
+    return {(kept.round, kept.client): kept for kept in found}
 
 
 # --- who holds what ---------------------------------------------------------------------------------------------------
@@ -299,7 +300,10 @@ def test_what_fails_or_diverges_is_of_no_use_and_the_others_go_on(leakbench, min
     command = ("utility", path, "--out", out, "--workers", 1, "--isolation", "process")
     code, printed, _ = leakbench(*command)
     assert code == 1
-    assert "a defense that crashes" in printed
+    assert printed.count("a defense that crashes") == printed.count("  utility 0: ") == 2
+    assert (
+        f"next: leakbench run {path} --out {out} --in-training {out}\nnext: leakbench board {out} --defenses" in printed
+    )
     assert "8 of 8 trainings run" in printed
     rows = load_utility(out).set_index(["defense", "seed"])
     for seed in (0, 1):
@@ -356,13 +360,28 @@ def test_a_kept_update_is_what_the_client_makes_of_the_kept_model_and_batch(runn
         assert torch.equal(one.labels, torch.tensor(data.labels[one.indices.numpy()]))
 
 
-def test_what_is_kept_depends_on_the_run(runner):
-    found = []
-    for job in jobs(SPARSE, keep=5):
-        row_of(runner, job)
-        found.append(set(kept_of(runner, job)))
-    assert [len(pairs) for pairs in found] == [5, 5]
-    assert found[0] != found[1]
+def victims(runner, job):
+    row_of(runner, job)
+    return {kept.trial: (pair, kept.indices.tolist()) for pair, kept in kept_of(runner, job).items()}
+
+
+def test_a_trial_is_of_the_same_victim_whatever_the_defense_and_the_learning_rate(runner):
+    planned = jobs(SPARSE, keep=5, lr=[0.2, 0.5])
+    found = [victims(runner, job) for job in planned]
+    assert len(found) == 4
+    assert all(own == found[0] for own in found)
+    first = min(found[0])
+    assert first % SLOTS == 0
+    assert sorted(found[0]) == list(range(first, first + 5))
+
+
+def test_trials_of_other_seeds_and_federations_are_others(runner):
+    one, other = jobs(keep=5, seeds=2)
+    (longer,) = jobs(keep=5, rounds=5)
+    first, second, third = (victims(runner, job) for job in (one, other, longer))
+    assert min(second) == min(first) + 5
+    assert {pair for pair, _ in first.values()} != {pair for pair, _ in second.values()}
+    assert min(third) // SLOTS != min(first) // SLOTS
 
 
 # --- plans and summaries ----------------------------------------------------------------------------------------------
@@ -378,9 +397,22 @@ def test_the_undefended_client_is_always_trained_and_defenses_are_those_of_the_a
     assert [(s.partition, len(s.defense)) for s in given] == [("dirichlet(0.5)", 0), ("dirichlet(0.5)", 1)]
 
 
+def test_entries_that_differ_in_their_defenses_train_what_they_share_once():
+    content = suite(partition=["iid"], seeds=2, defenses=["sign"]).content()
+    content["utility"] = [content["utility"][0] | {"defenses": own} for own in (["sign"], ["fp16"])]
+    found = settings(Suite.model_validate(content))
+    assert [[part.name for part in setting.defense] for setting in found] == [[], ["sign"], ["fp16"]]
+
+
+def test_least_are_held_out():
+    data = load_dataset("digits")
+    assert len(cut(data, "iid", clients=4, holdout=0.01, seed=0, key=b"k").holdout) == LEAST_HELD == 50
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"holdout": 0.001}, "greater than or equal to 0.01"),
         ({"partition": "dirichlet(0)"}, "expected iid or dirichlet"),
         ({"protocol": {"clients": 2, "secure_aggregation": True}}, "one client does in one round"),
         ({"protocol": {"sends": "delta", "batch_norm": "train"}}, "send_buffers: true"),
@@ -454,6 +486,55 @@ def test_a_defense_is_compared_at_its_own_rate_with_the_undefended_training_of_t
     assert line["drop"] == pytest.approx(5)
     assert (line["seeds"], line["failed"]) == (2, 0)
     assert line["drop_high"] - line["drop"] == pytest.approx(12.7062 * 15, rel=1e-4)  # t of one degree of freedom
+
+
+def test_a_rate_is_chosen_among_those_of_its_own_budget():
+    wide = {"lr_grid": "[0.1, 0.3]"}
+    rows = [made_row(), made_row("d", accuracy=0.7, holdout=0.7)]
+    rows += [made_row(**wide), made_row("d", lr=0.3, accuracy=0.8, holdout=0.8, **wide)]
+    found = compared(pd.DataFrame(rows).astype({"lr_grid": str})).set_index(["defense", "lr_grid"])["drop"]
+    assert found["d", "0"] == pytest.approx(20)
+    assert found["d", "[0.1, 0.3]"] == pytest.approx(10)
+    assert set(compared(pd.DataFrame([*rows[:2], made_row(planned_seeds=5)]))["planned_seeds"]) == {0, 5}
+
+
+@pytest.mark.parametrize("level", [0.08, 0.149])
+def test_nothing_is_lost_where_the_undefended_training_is_not_clearly_above_chance(level):
+    rows = [made_row(accuracy=level), made_row("d", accuracy=0.05)]
+    rows += [made_row("f", accuracy=0.1, status="invalid", error="nan")]
+    found = compared(pd.DataFrame(rows))
+    assert found[["drop", "utility", "rounds_to_target"]].isna().all(axis=None)
+    assert found["utility_note"].str.contains(f"{100 * level:.1f}% is not clearly above chance, 10.0%").all()
+    assert f"iid, none, d, f: without a defense {100 * level:.1f}%" in "\n".join(lines(table(found)))
+    enough = compared(pd.DataFrame([made_row(accuracy=0.16), *rows[1:]])).set_index("defense")
+    assert enough["utility"].to_dict() == {"none": 1, "d": 0, "f": 0}
+
+
+def test_one_failed_training_is_no_utility_and_is_told():
+    rows = [made_row(seed=seed) for seed in (0, 1)] + [made_row("d", accuracy=0.8)]
+    rows += [made_row("d", seed=1, accuracy=0.1, status="invalid", error="nan", curve="[]")]
+    found = compared(pd.DataFrame(rows)).set_index(["defense", "seed"])
+    assert found.loc["d"]["utility"].to_list() == [0, 0]
+    assert found.loc["d"]["drop"].to_list() == pytest.approx([10, 80])
+    assert set(found.loc["d"]["utility_note"]) == {"1 of 2 trainings failed"}
+    assert found.loc["none"]["utility"].to_list() == [1, 1]
+    assert found.loc["none"]["utility_note"].isna().all()
+
+
+def test_a_failed_undefended_training_is_told():
+    rows = pd.DataFrame([made_row(accuracy=0.1, status="invalid", error="it diverged"), made_row("d", accuracy=0.8)])
+    found = compared(rows)
+    assert set(found["utility_note"]) == {"the undefended training failed: it diverged"}
+    assert found[["drop", "utility", "upload_ratio", "client_time_ratio"]].isna().all(axis=None)
+    assert set(compared(rows[1:])["utility_note"]) == {"there is no undefended training"}
+
+
+def test_time_is_compared_at_the_same_rate_and_upload_at_the_chosen():
+    rows = [made_row(lr=0.1, client_seconds=2.0), made_row(lr=0.3, holdout=0.95, client_seconds=8.0, upload_bytes=50.0)]
+    rows += [made_row("d", lr=0.1, client_seconds=3.0), made_row("e", lr=0.2, client_seconds=3.0)]
+    found = compared(pd.DataFrame(rows)).set_index("defense")
+    assert found["client_time_ratio"].to_dict() == pytest.approx({"none": 1, "d": 1.5, "e": math.nan}, nan_ok=True)
+    assert found["upload_ratio"].to_dict() == {"none": 1, "d": 2, "e": 2}
 
 
 def test_intervals_are_those_of_student():
