@@ -36,7 +36,7 @@ class Dropout(Defense):
     neutral = MappingProxyType({"p": 0.0})
     draws = "which of the last layer's inputs are dropped"
     likelihood = "simulated"
-    adaptive = ("analytic", "bayes_adaptive", "learning_to_invert", "learned_labels")
+    adaptive = ("analytic", "bayes_adaptive", "learning_to_invert", "learned_labels", "dropout_inversion")
 
     def __init__(self, *, p: float = 0.5) -> None:
         if not 0 <= p < 1:

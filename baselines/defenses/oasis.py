@@ -42,7 +42,14 @@ class Oasis(Defense):
 
     acts_on = frozenset({"batch"})
     likelihood = "simulated"
-    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels", "robbing_the_fed", "curious_abandon_honesty")
+    adaptive = (
+        "bayes_adaptive",
+        "learning_to_invert",
+        "learned_labels",
+        "oasis_inversion",
+        "robbing_the_fed",
+        "curious_abandon_honesty",
+    )
 
     def __init__(self, *, transforms: str = "major_rotation") -> None:
         names = transforms.split("+")
