@@ -25,8 +25,6 @@ TRAINING = Description(
     kind="measure", name="utility", class_name="", version=1, reference="", summary="federated training from scratch"
 )
 """What stands where other jobs have an attack."""
-_UNSHOWN = ("partition", "lr", "lr_grid", "planned_seeds")
-"""Parameters that are columns of the row, or in the task."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Setting:
         """Return the trainings with a learning rate, by seed."""
         params = self.params | {"lr": lr}
         task = self.task.model_copy(update={"protocol": self.task.protocol.model_copy(update={"lr": lr})})
-        shown = {name: value for name, value in params.items() if name not in _UNSHOWN}
+        shown = {name: value for name, value in params.items() if name not in ("partition", "lr")}
         cell = Cell(
             suite=self.suite.name,
             task=task,

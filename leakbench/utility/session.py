@@ -155,7 +155,7 @@ def _holdout(store: Path, season: Season, wanted: set[str]) -> dict[str, float |
 
 def _tell_failures(report: UtilityReport, rows: pd.DataFrame, planned: Sequence[Job], final: set[str]) -> None:
     """Sort what did not come to its end: only what a defense does to the numbers is no failure of the command."""
-    labels = {job.id: f"{job.label}, lr {job.attack.params['lr']}" for job in planned}
+    labels = {job.id: job.label for job in planned}
     for row in rows[rows["status"] != "ok"].sort_values("job_id").to_dict("records"):
         name = row["job_id"]
         useless = report.useless if name in final else report.rejected
