@@ -50,6 +50,12 @@ DEFENSES = {
     def update(self, update, ctx):
         return {name: value * float("nan") for name, value in update.items()}
 """,
+    "sleepy": """
+    def update(self, update, ctx):
+        import time
+        time.sleep(0.5)
+        return update
+""",
     # Has the net built and judged in a child, and changes nothing.
     "same": """
     acts_on = frozenset({"model"})
@@ -293,6 +299,11 @@ def test_a_net_that_a_defense_builds_is_judged_like_any_other(runner, mine):
     assert row_of(runner, built)["curve"] == row_of(runner, plain)["curve"]
 
 
+def test_client_time_is_what_the_client_computes_and_not_what_it_waits_for(runner, mine):
+    sleepy = jobs(mine["sleepy"], rounds=2)[1]
+    assert 0 < row_of(runner, sleepy)["client_seconds"] < 0.4
+
+
 def test_what_fails_or_diverges_is_of_no_use_and_the_others_go_on(leakbench, mine, tmp_path):
     out, path = tmp_path / "out", tmp_path / "tiny.yaml"
     content = suite(partition=["iid"], seeds=2, defenses=[mine["crash"], mine["nonsense"], "sign"]).content()
@@ -326,6 +337,12 @@ def test_what_fails_or_diverges_is_of_no_use_and_the_others_go_on(leakbench, min
     assert pd.read_parquet(gone).iloc[0][SAME].to_list() == before[SAME].to_list()
     code, printed, _ = leakbench("status", out / "utility")
     assert "8 of 8 jobs done, 4 failed" in printed
+
+    code, printed, _ = leakbench(*command, "--defense", mine["nonsense"])
+    assert code == 0
+    assert "0 of 4 trainings run, 4 were there" in printed
+    assert "crash" not in printed.partition("next:")[0]
+    assert printed.count("  utility 0: ") == 2
 
 
 def test_upload_is_what_deflates():
