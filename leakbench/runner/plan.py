@@ -86,8 +86,9 @@ class Job:
 
 
 def plan(cells: Iterable[Cell], season: Season) -> list[Job]:
-    """Cut every cell into jobs of ``trials_per_job`` trials: job k holds the trials [k*b, min((k+1)*b, trials)), counted
-    from ``cell.first``.
+    """Cut every cell into jobs of ``trials_per_job`` trials: job k holds the trials [k*b, min((k+1)*b, trials)).
+
+    Counted from ``cell.first``.
 
     Returns:
         Distinct jobs, sorted by task, defense, attack and block, so that jobs that share data and models are neighbors.
