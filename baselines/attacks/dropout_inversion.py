@@ -35,8 +35,7 @@ class DropoutInversion(InversionAttack):
     features. Of one example, the columns of dropped features vanish. Of fewer examples than classes and features that
     are never negative, a feature that a single example kept has a column in the direction of that example's p - y;
     these are the corners of what all columns span (found by successive projection), and solving for h by them gives
-    every example's mask. An answer that does not explain the gradient, or has negative or hardly any dropped features,
-    is not used.
+    every example's mask. An answer that does not explain the gradient, or by negative features, is not used.
 
     Where masks cannot be read, they are relaxed to [0, 1] and optimised along with the inputs, their means being drawn
     to 1 - p. The first restart's start there, others' at random masks.
@@ -70,7 +69,7 @@ class DropoutInversion(InversionAttack):
         restarts: int = 1,
         labels: str = "llg",
         masks: str = "read",
-        mask_lr: float = 0.01,
+        mask_lr: float = 0.1,
         rate: float = 0.1,
     ) -> None:
         if masks not in ("read", "searched"):
@@ -78,7 +77,7 @@ class DropoutInversion(InversionAttack):
         if mask_lr <= 0 or rate < 0:
             raise UserError(
                 f"dropout_inversion: expected mask_lr above 0 and rate of at least 0, got {mask_lr} and {rate}; "
-                "write dropout_inversion(mask_lr=0.01, rate=0.1)"
+                "write dropout_inversion(mask_lr=0.1, rate=0.1)"
             )
         self.steps = steps
         self.tv = tv
@@ -196,7 +195,7 @@ class ThroughDropout(Source):
         seen, kept = rows.observation, unknowns["kept"]
         head = f"{rows.model.head}.weight"
         if self.read and labels.dim() == 2 and head in rows.target:
-            masks, certain = read_masks(rows.target[head], labels, self.p)
+            masks, certain = read_masks(rows.target[head], labels)
             kept = torch.where(certain[:, None, None], masks.to(kept.dtype), kept)
         return masked_gradients(
             rows.model,
@@ -209,17 +208,16 @@ class ThroughDropout(Source):
         )
 
 
-def read_masks(gradient: Tensor, labels: Tensor, p: float) -> tuple[Tensor, Tensor]:
+def read_masks(gradient: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return who kept which feature, (T, B, d), and whether that is certain, (T,).
 
     Args:
         gradient: (T, C, d) of the last layer's weights, in any unit.
         labels: (T, B), B below C.
-        p: Probability that a feature is dropped.
     """
     top = gradient.abs().amax((1, 2), keepdim=True)
-    columns = gradient.double() / top.where(top > 0, 1).double()
-    count, size = labels.shape[1], columns.shape[2]
+    columns = (gradient.double() / top.where(top > 0, 1).double()).nan_to_num(0, 0, 0)
+    count = labels.shape[1]
     # p - y is negative at the example's own class alone, so that this is positive for every column.
     present = F.one_hot(labels, columns.shape[1]).amax(1).to(columns.dtype)
     height = -torch.einsum("tc,tcd->td", present, columns)
@@ -236,14 +234,14 @@ def read_masks(gradient: Tensor, labels: Tensor, p: float) -> tuple[Tensor, Tens
     order = own.argsort(dim=1, stable=True).gather(1, labels.argsort(dim=1, stable=True).argsort(dim=1))
     rays = rays.gather(2, order[:, None].expand_as(rays))
     features = torch.linalg.pinv(rays) @ columns
-    largest = features.amax(2, keepdim=True)
-    masks = features > TOLERANCE * largest
+    largest = features.abs().amax(2, keepdim=True)
+    masks = features.abs() > TOLERANCE * largest
     residual = torch.linalg.vector_norm(columns - rays @ features, dim=(1, 2))
     explained = residual <= TOLERANCE * torch.linalg.vector_norm(columns, dim=(1, 2))
-    positive = (features >= -TOLERANCE * largest).all(2).all(1)
-    enough = ((~masks).double().mean(2) >= p - 5 * (p * (1 - p) / size) ** 0.5).all(1)
+    # Wrong corners leave columns outside of what they span; of one example there is no choice of a corner.
+    inside = (features >= -TOLERANCE * largest).all(2).all(1) | (count == 1)
     named = (own.gather(1, order) == labels).all(1)
-    return masks, explained & positive & enough & named & masks.any(2).all(1)
+    return masks, explained & inside & named & masks.any(2).all(1)
 
 
 def masked_gradients(

@@ -47,32 +47,42 @@ def test_the_masks_are_read_exactly(batch, p):
     kept, features, stream = drawn(batch, p)
     # Of unequal classes, so that every mask has one place; in any order.
     labels = torch.stack([torch.randperm(10, generator=stream)[:batch] for _ in range(5)])
-    read, certain = read_masks(head_gradient(kept, labels, features), labels, p)
+    read, certain = read_masks(head_gradient(kept, labels, features), labels)
     assert certain.all()
     assert torch.equal(read, kept)
+
+
+def test_the_mask_of_one_example_is_read_whatever_the_signs_of_its_features():
+    kept, features, _ = drawn(1, 0.5)
+    labels = torch.arange(5)[:, None]
+    read, certain = read_masks(head_gradient(kept, labels, features - 0.6003), labels)
+    assert certain.all()
+    assert (read == kept).double().mean() > 0.995
 
 
 def test_examples_of_one_class_are_told_apart_up_to_their_order():
     kept, features, _ = drawn(3, 0.5)
     labels = torch.tensor([[4, 1, 4]]).expand(5, 3)
-    read, certain = read_masks(head_gradient(kept, labels, features), labels, 0.5)
+    read, certain = read_masks(head_gradient(kept, labels, features), labels)
     assert certain.all()
     assert torch.equal(read[:, 1], kept[:, 1])
     for one, other in zip(read, kept, strict=True):
         assert torch.equal(one, other) or torch.equal(one[[2, 1, 0]], other)
 
 
-@pytest.mark.parametrize("why", ["noise", "features of both signs", "no dropout", "no corners", "zeros"])
+@pytest.mark.parametrize(
+    "why", ["noise", "noise on one", "features of both signs", "no dropout", "no corners", "zeros"]
+)
 def test_what_is_no_mask_is_not_certain(why):
-    batch, p = (6, 0.1) if why == "no corners" else (3, 0.5)
+    batch, p = {"no corners": (6, 0.1), "noise on one": (1, 0.5)}.get(why, (3, 0.5))
     kept, features, stream = drawn(batch, p)
     labels = torch.arange(batch).expand(5, batch)
     if why == "features of both signs":
         features = features - 0.6
     gradient = head_gradient(torch.ones_like(kept) if why == "no dropout" else kept, labels, features)
-    if why == "noise":
+    if why.startswith("noise"):
         gradient = gradient + 0.05 * torch.randn(gradient.shape, generator=stream, dtype=torch.float64)
-    _, certain = read_masks(gradient * (why != "zeros"), labels, p)
+    _, certain = read_masks(gradient * (why != "zeros"), labels)
     assert not certain.any()
 
 
@@ -97,7 +107,7 @@ def test_with_the_true_masks_the_gradient_is_the_defenses(reduction):
 def test_the_masks_of_a_client_are_read(sends):
     spy = Spy(p=0.4)
     seen, _, labels = observe(batch=2, defense=spy, known=True, sends=sends, dtype=torch.float32, own_models=True)
-    read, certain = read_masks(seen.difference(seen.update)[f"{seen.model.head}.weight"], labels, 0.4)
+    read, certain = read_masks(seen.difference(seen.update)[f"{seen.model.head}.weight"], labels)
     distinct = labels[:, 0] != labels[:, 1]
     assert certain.all()
     assert distinct.any()
