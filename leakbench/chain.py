@@ -97,13 +97,21 @@ class DefenseChain:
                 mapped = part.update(dict(clean), self._context(ctx, index, "update"))
                 clean = {name: _straight_through(clean[name], value) for name, value in mapped.items()}
             given.append(clean)
-        first, *others = (
-            self.parts[index].log_likelihood(sent, update, self._context(ctx, index, "update"))
-            for index, update in zip(scoring, given, strict=True)
-        )
-        for index, score in zip(scoring[1:], others, strict=True):
-            first = torch.where(self._turns(index, sent, ctx) > NEGLIGIBLE, score, first)
-        return first
+        # Only what scores is computed: noise of 1e-30 would overflow, and its derivative with it.
+        place = torch.zeros(len(next(iter(sent.values()))), dtype=torch.int64)
+        for later, index in enumerate(scoring[1:], 1):
+            place[(self._turns(index, sent, ctx) > NEGLIGIBLE).cpu()] = later
+        scores = {
+            here: self.parts[scoring[here]].log_likelihood(
+                sent, given[here], self._context(ctx, scoring[here], "update")
+            )
+            for here in sorted(set(place.tolist()))
+        }
+        score: Tensor
+        score, *others = scores.values()
+        for here, other in zip(list(scores)[1:], others, strict=True):
+            score = torch.where((place == here).to(other.device), other, score)
+        return score
 
     def _turns(self, index: int, sent: Mapping[str, Tensor], ctx: DefenseContext) -> Tensor:
         """Return 1 - cosine (T,) between a dense random update of the size of ``sent`` and what a part makes of it."""
@@ -117,7 +125,7 @@ class DefenseChain:
             probe[name] = size * torch.randn(value.shape[1:], generator=stream).to(value)
         own = self._context(ctx, index, "update")
         made = part.update(dict(probe), replace(own, state={}))
-        before, after = (torch.cat([v.flatten(1) for v in part.values()], 1).double() for part in (probe, made))
+        before, after = (torch.cat([v.flatten(1) for v in each.values()], 1).double() for each in (probe, made))
         return 1 - torch.nn.functional.cosine_similarity(before, after, dim=1)
 
     def mechanism(self, protocol: Protocol, batch_size: int, *, layers: int | None = None) -> Mechanism | None:

@@ -315,7 +315,9 @@ def test_local_steps_are_simulated_and_the_private_input_scores_best(defense, se
     assert recovery.inputs.isfinite().all()
 
 
-@pytest.mark.parametrize("behind", [ClipL2(bound=1e6), ClipL2(bound=1e-3), GaussianNoise(std=1e-9), FP16()])
+@pytest.mark.parametrize(
+    "behind", [ClipL2(bound=1e6), ClipL2(bound=1e-3), GaussianNoise(std=1e-9), GaussianNoise(std=1e-300), FP16()]
+)
 @pytest.mark.parametrize(
     "defense",
     [Soteria(p=60.0), GradDefense(), Outpost(beta=0.0), DPSGD(noise_multiplier=0.001), TopK(p=0.9), Sign()],
@@ -326,6 +328,11 @@ def test_what_changes_no_direction_cannot_switch_a_likelihood_off(defense, behin
     candidates = (true, 1 - true, true.flip(-1))
     scores = [observation.log_likelihood([observation.update], x, observation.labels, scaled=True) for x in candidates]
     assert (torch.stack(scores).argmax(0) == 0).all()
+    leaf = (1 - true).requires_grad_()
+    score = observation.log_likelihood([observation.update], leaf, observation.labels, scaled=True)
+    (slope,) = torch.autograd.grad(score.sum(), leaf)
+    assert slope.isfinite().all()
+    assert slope.any()
 
 
 def test_every_round_is_scored_with_what_earlier_ones_left():
