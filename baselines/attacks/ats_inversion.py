@@ -12,7 +12,7 @@ from leakbench_baselines.defenses.ats import Step, brightness_of, offsets, parse
 from torch import Tensor
 
 from leakbench import Knowledge, NotGranted, Observation, Recovery, UserError, register
-from leakbench.inversion import Adam, Cosine, Inversion, InversionAttack, TotalVariation
+from leakbench.inversion import InversionAttack, cosine_inversion
 
 MODEL = "images/"
 """Leads the names of what describes images among what is prepared."""
@@ -75,14 +75,7 @@ class ATSInversion(InversionAttack):
         self.labels = labels
         self.components = components
         self.noise = noise
-        self.inversion = Inversion(
-            objective=Cosine(),
-            priors=(TotalVariation(weight=tv),),
-            optimiser=Adam(lr=lr, sign="hard", schedule="steps"),
-            steps=steps,
-            restarts=restarts,
-            labels=labels,
-        )
+        self.inversion = cosine_inversion(steps=steps, tv=tv, lr=lr, restarts=restarts, labels=labels)
 
     def prepare(self, knowledge: Knowledge) -> dict[str, Tensor]:
         """Describe auxiliary images by mean (P,), components (P, r), variances (r,) and the rest's variance."""

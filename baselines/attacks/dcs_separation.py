@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Knowledge, NotGranted, Observation, Recovery, register
-from leakbench.inversion import Adam, Comparison, Cosine, Inversion, InversionAttack, OneStep, Rows, TotalVariation
+from leakbench.inversion import (
+    Comparison,
+    Inversion,
+    InversionAttack,
+    OneStep,
+    Rows,
+    cosine_inversion,
+)
 
 LEAVES = ("made", "made_labels")
 
@@ -53,14 +60,7 @@ class DCSSeparation(InversionAttack):
         self.lr = lr
         self.restarts = restarts
         self.labels = labels
-        self.inversion = Inversion(
-            objective=Cosine(),
-            priors=(TotalVariation(weight=tv),),
-            optimiser=Adam(lr=lr, sign="hard", schedule="steps"),
-            steps=steps,
-            restarts=restarts,
-            labels=labels,
-        )
+        self.inversion = cosine_inversion(steps=steps, tv=tv, lr=lr, restarts=restarts, labels=labels)
 
     def fitted(self, knowledge: Knowledge) -> Inversion:
         """Return the inversion of private and made examples, where the defense makes any."""

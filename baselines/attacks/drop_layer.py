@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from leakbench import Observation, UserError, register
-from leakbench.inversion import Adam, Comparison, Cosine, Inversion, InversionAttack, OneStep, Rows, TotalVariation
+from leakbench.inversion import (
+    Comparison,
+    InversionAttack,
+    OneStep,
+    Rows,
+    cosine_inversion,
+)
 
 LEFT_OUT = ("columns", "tensor")
 
@@ -105,12 +111,6 @@ class DropLayer(InversionAttack):
         self.restarts = restarts
         self.labels = labels
         self.leave_out = leave_out
-        self.inversion = Inversion(
-            objective=Cosine(),
-            priors=(TotalVariation(weight=tv),),
-            optimiser=Adam(lr=lr, sign="hard", schedule="steps"),
-            steps=steps,
-            restarts=restarts,
-            labels=labels,
-            source=Unmasked(leave_out),
+        self.inversion = cosine_inversion(
+            steps=steps, tv=tv, lr=lr, restarts=restarts, labels=labels, source=Unmasked(leave_out)
         )

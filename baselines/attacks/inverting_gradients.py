@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from leakbench import register
-from leakbench.inversion import Adam, Cosine, Inversion, InversionAttack, OneStep, TotalVariation, Unrolled
+from leakbench.inversion import (
+    InversionAttack,
+    OneStep,
+    Unrolled,
+    cosine_inversion,
+)
 
 
 @register("inverting_gradients", version=3)
@@ -49,12 +54,6 @@ class InvertingGradients(InversionAttack):
         self.restarts = restarts
         self.labels = labels
         self.unroll = unroll
-        self.inversion = Inversion(
-            objective=Cosine(),
-            priors=(TotalVariation(weight=tv),),
-            optimiser=Adam(lr=lr, sign="hard", schedule="steps"),
-            steps=steps,
-            restarts=restarts,
-            labels=labels,
-            source=Unrolled() if unroll else OneStep(),
+        self.inversion = cosine_inversion(
+            steps=steps, tv=tv, lr=lr, restarts=restarts, labels=labels, source=Unrolled() if unroll else OneStep()
         )

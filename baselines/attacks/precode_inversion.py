@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from leakbench import Knowledge, Model, NotGranted, Observation, Recovery, UserError, register
-from leakbench.inversion import Adam, Cosine, Inversion, InversionAttack, Rows, Source, TotalVariation
+from leakbench.inversion import Inversion, InversionAttack, Rows, Source, cosine_inversion
 
 LARGEST = 10.0
 """Of what is read as noise: a standard normal number is never beyond."""
@@ -72,14 +72,7 @@ class PrecodeInversion(InversionAttack):
         self.labels = labels
         self.noise = noise
         self.layers = layers
-        self.inversion = Inversion(
-            objective=Cosine(),
-            priors=(TotalVariation(weight=tv),),
-            optimiser=Adam(lr=lr, sign="hard", schedule="steps"),
-            steps=steps,
-            restarts=restarts,
-            labels=labels,
-        )
+        self.inversion = cosine_inversion(steps=steps, tv=tv, lr=lr, restarts=restarts, labels=labels)
 
     def fitted(self, knowledge: Knowledge) -> Inversion:
         """Return the inversion through the bottleneck, where there is one."""

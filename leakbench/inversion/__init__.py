@@ -13,6 +13,7 @@ from leakbench.inversion.objectives import (
     SquaredL2,
 )
 from leakbench.inversion.optimisers import LBFGS, Adam, Optimiser
+from leakbench.inversion.presets import cosine_inversion
 from leakbench.inversion.priors import (
     BatchNormStatistics,
     FeatureMatch,
@@ -56,4 +57,5 @@ __all__ = [
     "TotalVariation",
     "Unrolled",
     "Weighted",
+    "cosine_inversion",
 ]
