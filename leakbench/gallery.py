@@ -33,7 +33,8 @@ MOST_IMAGES = 8
 """Most images of a batch in a picture."""
 
 _SIDE, _GAP = 64, 2  # pixels that an image fills as far as whole multiples allow, and between images
-_FOLDER = "gallery"
+FOLDER = "gallery"
+"""Folder of an output directory that holds the pictures."""
 
 IDENTITY = (
     *("season", "task", "task_hash", "dataset"),
@@ -94,7 +95,7 @@ def write_gallery(out: Path, job_id: str, entries: Sequence[Mapping[str, Any]]) 
     Raises:
         OSError: The directory cannot be written.
     """
-    path = out / _FOLDER / f"{job_id}.parquet"
+    path = out / FOLDER / f"{job_id}.parquet"
     if entries:
         write_parquet(pa.Table.from_pylist(list(entries), schema=SCHEMA), path)
     else:
@@ -115,7 +116,7 @@ def read_gallery(out: Path, *, attack: str | None = None, task: str | None = Non
         UserError: There are no pictures, or none of that attack or task.
     """
     entries: list[Entry] = []
-    for path in sorted((out / _FOLDER).glob("[!.]*.parquet")):
+    for path in sorted((out / FOLDER).glob("[!.]*.parquet")):
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException):

@@ -1,22 +1,13 @@
-"""The Parquet store of result rows. No torch here.
+"""Result rows as data frames. No torch here.
 
-A job is one Parquet file, ``<out>/<season>/<first two digits of the job id>/<job id>.parquet``, with one row per
-planned trial. It is written to a temporary name, flushed to disk and renamed, so a file under its final name is whole.
-The columns are documented in `leakbench.schema`, whose names are importable from here as well.
+The columns are documented in `leakbench.schema`, the files in `leakbench.store`; the names of both are importable from
+here.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -32,17 +23,34 @@ from leakbench.schema import (
     Field,
     arrow_schema,
     blank_row,
-    check_rows,
     schema_markdown,
     task_columns,
+)
+from leakbench.store import (
+    MEASURES_FOLDER,
+    ROWS_SHA256,
+    UTILITY_FOLDER,
+    JobFile,
+    completed_jobs,
+    is_complete,
+    job_files,
+    job_path,
+    prepare_out,
+    read_job_status,
+    rows_sha256,
+    write_job,
+    write_parquet,
 )
 
 __all__ = [
     "BENCHMARK_VERSION",
     "FAILURES",
+    "MEASURES_FOLDER",
+    "ROWS_SHA256",
     "ROW_FIELDS",
     "SCHEMA_VERSION",
     "STATUSES",
+    "UTILITY_FOLDER",
     "Field",
     "JobFile",
     "arrow_schema",
@@ -52,218 +60,22 @@ __all__ = [
     "holds_rows",
     "holds_utility",
     "is_complete",
+    "job_files",
     "job_path",
+    "latest_rows",
     "load_measures",
     "load_rows",
     "load_utility",
     "no_rows",
     "prepare_out",
+    "read_files",
     "read_job_status",
+    "rows_sha256",
     "schema_markdown",
     "task_columns",
     "write_job",
     "write_parquet",
 ]
-
-
-def job_path(out: Path, job_id: str, season: str) -> Path:
-    """Return where the rows of a job belong."""
-    return out / season / job_id[:2] / f"{job_id}.parquet"
-
-
-def prepare_out(out: Path) -> None:
-    """Create the output directory and see that it can be written.
-
-    Raises:
-        UserError: It cannot be created or written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: expected a directory that can be written ({error.strerror}); use another --out"
-        ) from None
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_job(
-    out: Path,
-    job_id: str,
-    season: str,
-    rows: Sequence[Mapping[str, Any]],
-    fields: Sequence[Field] = ROW_FIELDS,
-    *,
-    statuses: Mapping[str, int] | None = None,
-) -> Path:
-    """Write the rows of a job: all of them or, on a crash at any moment, none.
-
-    Args:
-        out: Output directory; created if need be.
-        job_id: Identity of the job; the rows carry the same.
-        season: Season of the rows.
-        rows: One mapping per trial with every column; see `blank_row`.
-        fields: The columns.
-        statuses: Trials per status; of rows that are one per trial, counted from them.
-
-    Raises:
-        ValueError: A row has an unknown, missing or wrongly typed column.
-        UserError: The directory cannot be written.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", job_id) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", season):
-        raise ValueError(f"job id and season must be plain file names, got {job_id!r} and {season!r}")
-    check_rows(rows, fields)
-    if {(row["job_id"], row["season"]) for row in rows} != {(job_id, season)}:
-        raise ValueError(f"rows of another job or season than {job_id}, {season}")
-    summary = {
-        "leakbench.complete": "true",
-        "leakbench.job_id": job_id,
-        "leakbench.season": season,
-        "leakbench.rows": str(len(rows)),
-        "leakbench.schema_version": str(SCHEMA_VERSION),
-        "leakbench.code_sha256": str(rows[0]["code_sha256"]),
-        "leakbench.statuses": json.dumps(statuses or Counter(row["status"] for row in rows)),
-    }
-    try:
-        table = pa.Table.from_pylist(list(rows), schema=arrow_schema(fields))
-        table = table.replace_schema_metadata(summary | {ROWS_SHA256: rows_sha256(table)})
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"row does not fit the schema: {error}") from None
-    path = job_path(out, job_id, season)
-    try:
-        write_parquet(table, path)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write {path.name} ({error.strerror}); use another --out") from None
-    return path
-
-
-ROWS_SHA256 = "leakbench.rows_sha256"
-"""Key in a file's footer of `rows_sha256`, by which `leakbench verify` notices a changed number."""
-
-
-def rows_sha256(table: pa.Table) -> str:
-    """Return the sha256 (hex) over the columns and values of a table, however it is stored."""
-    text = json.dumps(table.to_pydict(), default=str, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a file that is whole as soon as it has its name, and remove what killed writers of it left.
-
-    Raises:
-        OSError: The directory cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        pq.write_table(table, file, compression="zstd", write_statistics=False)
-        file.flush()
-        os.fsync(file.fileno())
-    _publish(Path(name), path)
-    _sync_directory(path.parent)
-    for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    try:
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner reads; results are to be shared
-        os.replace(temporary, path)
-    except FileNotFoundError:
-        # Another process finished the same job at the same moment and cleaned up; its rows are as good.
-        if not path.exists():
-            raise
-
-
-@dataclass(frozen=True)
-class JobFile:
-    """What a result file's footer says.
-
-    Args:
-        path: The file.
-        job_id: Identity of the job.
-        season: Season of its rows.
-        rows: Number of rows.
-        schema_version: Schema of the writer.
-        code_sha256: Hash of the writer's number-moving modules.
-        statuses: Trials per status.
-    """
-
-    path: Path
-    job_id: str
-    season: str
-    rows: int
-    schema_version: int
-    code_sha256: str
-    statuses: dict[str, int]
-
-
-def read_job_status(path: Path) -> JobFile | None:
-    """Return what the footer says, or None where the file is missing, cut off, damaged or not a result."""
-    try:
-        footer = pq.read_metadata(path)
-        note = {key.decode(): value.decode() for key, value in (footer.metadata or {}).items()}
-        if note.get("leakbench.complete") != "true" or footer.num_rows != int(note["leakbench.rows"]):
-            return None
-        return JobFile(
-            path=path,
-            job_id=note["leakbench.job_id"],
-            season=note["leakbench.season"],
-            rows=footer.num_rows,
-            schema_version=int(note["leakbench.schema_version"]),
-            code_sha256=note["leakbench.code_sha256"],
-            statuses=json.loads(note["leakbench.statuses"]),
-        )
-    except (OSError, pa.ArrowException, KeyError, ValueError):
-        return None
-
-
-def is_complete(path: Path) -> bool:
-    """Whether ``path`` is a whole result file; reads the footer only."""
-    return read_job_status(path) is not None
-
-
-def job_files(out: Path) -> Iterator[JobFile]:
-    """Yield the whole result files under an output directory.
-
-    Raises:
-        UserError: One holds rows of another schema version.
-    """
-    # "[!.]" leaves out the temporary files of running and killed jobs.
-    for path in sorted(out.glob("*/*/[!.]*.parquet")):
-        job = read_job_status(path)
-        if job is None:
-            continue
-        if job.schema_version != SCHEMA_VERSION:
-            raise UserError(
-                f"--out {out}: holds rows of another schema version, expected {SCHEMA_VERSION}, "
-                f"got {job.schema_version}; use another --out"
-            )
-        yield job
-
-
-def completed_jobs(out: Path, season: str) -> dict[str, JobFile]:
-    """Return the whole result files of a season under ``out`` by job id; empty where there are none.
-
-    Raises:
-        UserError: It holds rows of another schema version.
-    """
-    return {job.job_id: job for job in job_files(out) if job.season == season}
-
-
-MEASURES_FOLDER = "measures"
-"""Folder of an output directory that holds the rows of measures, in the same layout."""
-
-UTILITY_FOLDER = "utility"
-"""Folder of an output directory that holds the rows of federated trainings, in the same layout."""
 
 _SAME_MODEL = (
     *("season", "season_commitment", "benchmark_version"),
@@ -360,7 +172,8 @@ def read_files(directories: Sequence[Path], command: str) -> pd.DataFrame:
     for directory in directories:
         if not directory.is_dir():
             raise UserError(f"no directory {directory}: expected results; make some with: leakbench {command} quick")
-        tables += [pq.read_table(job.path) for job in job_files(directory)]
+        paths = dict.fromkeys(job.path for job in job_files(directory))
+        tables += [pq.read_table(path) for path in paths]
     if not tables:
         listed = ", ".join(map(str, directories))
         raise UserError(f"no result rows under {listed}; make some with: leakbench {command} quick --out {listed}")

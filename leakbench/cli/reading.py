@@ -68,12 +68,17 @@ def board(
 ) -> int:
     """Print the board of the rows in OUT, or in several of them: lanes, then each cell's mean, interval and chance.
 
+    An OUT is the folder of a run, or a folder of such folders.
+
     With --measures, what `leakbench measure` found: lower bounds, proxies and proved bounds in tables of their own, and
     whether proxies tell how well attacks do. Exits with 1 where an attack exceeds a proved bound.
 
     With --defenses, how private each defense is under the worst attack, beside the accuracy that it costs where
     `leakbench utility` trained with it, and what AutoLeak found.
     """
+    from leakbench.store import result_folders
+
+    out = tuple(result_folders(out))
     if defenses or pareto is not None:
         if only_lanes or measures or profile is not None:
             raise UserError("--defenses: expected the board of defenses, got another board too; leave one out")
@@ -94,9 +99,9 @@ def board(
 
     rows = load_rows(out)
     if into is not None:
-        from leakbench.board.readme import write_into
+        from leakbench.board.readme import best_of_lanes, write_into
 
-        write_into(into, rows, lanes(rows))
+        write_into(into, "board", best_of_lanes(rows, lanes(rows)))
         click.echo(into)
         return 0
     board, ranked = cells(rows.iloc[:0] if only_lanes else rows), lanes(rows)

@@ -123,8 +123,9 @@ def rows(results: tuple[Path, ...], attack: str | None, defense: str | None, tas
     """List the rows under RESULTS by the id that `leakbench reproduce` takes, with the metric that boards rank by."""
     from leakbench.metrics import headline
     from leakbench.results import load_rows
+    from leakbench.store import result_folders
 
-    table = load_rows(results)
+    table = load_rows(result_folders(results))
     for column, wanted in (("attack", attack), ("defense", defense)):
         if wanted is not None:
             table = table[table[column] == wanted]

@@ -55,7 +55,7 @@ def build(results: Sequence[Path], out: Path, options: Options | None = None) ->
     """Write the site of all rows under ``results``: the same rows give the same files.
 
     Args:
-        results: Folders of runs, folders of compacted rows, or Parquet files of rows.
+        results: Folders of runs, folders of such folders, or Parquet files of rows.
         out: Folder to write; one that holds something else is refused.
         options: See `Options`.
 

@@ -20,9 +20,10 @@ from leakbench.board.score import board_of, build_cells
 from leakbench.entries import Description, try_describe
 from leakbench.errors import UserError
 from leakbench.gallery import Entry, read_gallery
-from leakbench.results import holds_measures, load_measures
+from leakbench.results import holds_measures, holds_utility, load_measures, load_utility
 from leakbench.site.loading import load, row_files
 from leakbench.sources import Kind, sources
+from leakbench.store import result_folders
 
 LANE_TITLES = {
     "legacy_upper_bound": "one image, labels known (legacy upper bound)",
@@ -53,7 +54,7 @@ class Data:
     """The rows under several results, and what boards make of them; computed when first asked for.
 
     Args:
-        results: Folders of runs, folders of compacted rows, or Parquet files.
+        results: Folders of runs, folders of such folders, or Parquet files of rows.
         options: See `Options`.
 
     Raises:
@@ -61,8 +62,8 @@ class Data:
     """
 
     def __init__(self, results: Sequence[Path], options: Options) -> None:
-        self.results, self.options = tuple(results), options
-        self.files = row_files(results)
+        self.results, self.options = tuple(result_folders(results)), options
+        self.files = row_files(self.results)
         self.rows = load(self.files)
 
     @cached_property
@@ -104,10 +105,26 @@ class Data:
         return [path for path in self.results if path.is_dir()]
 
     @cached_property
+    def measured(self) -> pd.DataFrame | None:
+        """Rows of measures; None where nothing was measured."""
+        folders = [path for path in self.folders if holds_measures(path)]
+        return load_measures(folders) if folders else None
+
+    @cached_property
     def measures(self) -> dict[str, pd.DataFrame]:
         """Tables of measures by kind; empty where nothing was measured."""
-        measured = [path for path in self.folders if holds_measures(path)]
-        return measure_tables(load_measures(measured)) if measured else {}
+        return {} if self.measured is None else measure_tables(self.measured)
+
+    @cached_property
+    def trained(self) -> pd.DataFrame | None:
+        """Rows of federated trainings at the rate that each defense chose; None where nothing was trained."""
+        folders = [path for path in self.folders if holds_utility(path)]
+        return load_utility(folders) if folders else None
+
+    @cached_property
+    def task_hashes(self) -> frozenset[str]:
+        """Tasks that have a page: those with rows of attacks."""
+        return frozenset(self.board["task_hash"])
 
     @cached_property
     def pictures(self) -> list[list[Entry]]:

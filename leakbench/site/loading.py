@@ -37,7 +37,7 @@ def row_files(results: Sequence[Path]) -> list[Path]:
         if path.is_file():
             files.append(path)
         elif path.is_dir():
-            files += [job.path for job in job_files(path)] or sorted(path.glob("[!.]*.parquet"))
+            files += dict.fromkeys(job.path for job in job_files(path)) or sorted(path.glob("[!.]*.parquet"))
         else:
             raise UserError(f"no results at {path}: expected a folder of a run; make one with: leakbench run quick")
     if not files:

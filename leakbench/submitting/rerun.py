@@ -22,8 +22,8 @@ from leakbench.errors import UserError
 from leakbench.keys import DEVELOPMENT, Season
 from leakbench.measures.catalogue import resolve_measure
 from leakbench.metrics import METRICS
-from leakbench.results import read_job_status
 from leakbench.runner.plan import Job
+from leakbench.store import job_files, read_compacted, read_jobs, stores
 from leakbench.submitting.identity import Row, task_of
 
 ROW_ID = re.compile(r"([0-9a-f]{8,64})(?::(\d{1,9}))?")
@@ -95,8 +95,8 @@ def is_row_id(text: str) -> bool:
     return ROW_ID.fullmatch(text) is not None
 
 
-def find_job(row_id: str, folders: Sequence[Path]) -> tuple[Path, list[dict[str, Any]]]:
-    """Return the file and rows of the job that a row id names.
+def find_job(row_id: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the rows of the job that a row id names.
 
     Raises:
         UserError: There is none, or several.
@@ -104,11 +104,8 @@ def find_job(row_id: str, folders: Sequence[Path]) -> tuple[Path, list[dict[str,
     match = ROW_ID.fullmatch(row_id)
     if match is None:
         raise UserError(f"row {row_id!r}: expected JOB or JOB:TRIAL, e.g. 3fa9c2d1:17; see: leakbench rows runs/quick")
-    found: dict[str, Path] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob(f"{match[1][:2]}/{match[1]}*.parquet")):
-            if read_job_status(path) is not None:
-                found.setdefault(path.stem, path)
+    places = [store for folder in folders for store in stores(folder)]
+    found = {job.job_id: job for store in places for job in job_files(store) if job.job_id.startswith(match[1])}
     if not found:
         listed = ", ".join(map(str, folders)) or "runs, results"
         raise UserError(f"row {row_id}: no such job under {listed}; name the folder: --rows DIR")
@@ -116,12 +113,14 @@ def find_job(row_id: str, folders: Sequence[Path]) -> tuple[Path, list[dict[str,
         raise UserError(
             f"row {row_id}: expected one job, got {len(found)}; type more of: {', '.join(sorted(found)[:3])}"
         )
-    (path,) = found.values()
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    (wanted,) = found.values()
+    held = read_compacted(wanted.path) or [wanted]
+    table = next(table for job, table in read_jobs(held) if job.job_id == wanted.job_id)
+    rows: list[dict[str, Any]] = table.to_pylist()
     if match[2] is not None and int(match[2]) not in {row.get("trial") for row in rows}:
         first, last = rows[0]["block_start"], rows[0]["block_stop"] - 1
         raise UserError(f"row {row_id}: the job holds the trials {first} to {last}")
-    return path, rows
+    return rows
 
 
 def job_of(row: Row, *, entries: Sequence[str] = (), season: Season = DEVELOPMENT) -> Job:
@@ -226,7 +225,7 @@ def rerun(
     Raises:
         UserError: There is no such row, or it cannot be run again here.
     """
-    _, then = find_job(row_id, folders)
+    then = find_job(row_id, folders)
     if "attack" not in then[0] and "measure" not in then[0]:
         raise UserError(
             f"row {row_id} is of a training of `leakbench utility`; run that command again in another --out"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +11,26 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from leakbench.errors import UserError
 from leakbench.keys import DEVELOPMENT
 from leakbench.measures.rows import MEASURE_FIELDS
 from leakbench.metrics import METRICS
 from leakbench.provenance import code_sha256
-from leakbench.results import MEASURES_FOLDER, ROWS_SHA256, job_path, read_job_status, rows_sha256
 from leakbench.schema import BENCHMARK_VERSION, ROW_FIELDS, SCHEMA_VERSION, STATUSES, Field, arrow_schema
 from leakbench.sources import sources
+from leakbench.store import (
+    COMPACTED,
+    MEASURES_FOLDER,
+    UTILITY_FOLDER,
+    JobFile,
+    job_path,
+    read_compacted,
+    read_job_status,
+    read_jobs,
+    rows_sha256,
+    stores,
+)
 from leakbench.submitting.identity import (
     TASK_COLUMNS,
     class_names,
@@ -34,8 +43,7 @@ from leakbench.submitting.seal import SEAL, SIGNATURE, broken_seal, signer_of
 from leakbench.utility.rows import UTILITY_FIELDS
 
 MOST_BYTES = 64 << 20
-"""Greatest file of one job; those of 64 trials have 100 KB."""
-UTILITY_FOLDER = "utility"
+"""Greatest file of one job, or of the jobs of a run; one of 64 trials has 100 KB, 40,000 compacted rows some 10 MB."""
 
 _PER_ROW = frozenset(
     {"trial", "draw", "checkpoint_sha256", "distinct_labels", "max_label_count", "identification_gallery", "notes"}
@@ -114,13 +122,11 @@ def verify(
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no directory {folder}: expected results; make some with: leakbench run quick")
-        stores = _stores(folder)
-        if not stores:
+        there = stores(folder)
+        if not there:
             raise UserError(f"no rows under {folder}; make some with: leakbench run quick --out {folder}")
-        for store in stores:
-            for path in sorted(store.glob("*/*/[!.]*.parquet")):
-                if path.is_relative_to(store / MEASURES_FOLDER) or path.is_relative_to(store / UTILITY_FOLDER):
-                    continue
+        for store in there:
+            for path in _files(store):
                 _file(path, store, found, classes, seen, parts)
         if seals:
             _check_seals(folder, found, signers)
@@ -129,10 +135,11 @@ def verify(
     return found
 
 
-def _stores(folder: Path) -> list[Path]:
-    """Return the folders with the layout SEASON/xx/JOB.parquet, the deepest of which are jobs'."""
-    stores = {path.parents[2] for path in folder.rglob("*.parquet") if re.fullmatch(r"[0-9a-f]{2}", path.parent.name)}
-    return sorted(stores)
+def _files(store: Path) -> list[Path]:
+    """Return the files of a folder's jobs, without those of the measures and trainings below it."""
+    below = (store / MEASURES_FOLDER, store / UTILITY_FOLDER)
+    found = sorted(path for path in store.glob("*/*/[!.]*.parquet") if not any(map(path.is_relative_to, below)))
+    return [*found, *([store / COMPACTED] if (store / COMPACTED).is_file() else [])]
 
 
 def _file(
@@ -145,32 +152,49 @@ def _file(
 ) -> None:
     """Check one file, and keep what is compared with other files."""
     found.files += 1
-    where = str(path)
-    status = read_job_status(path) if path.stat().st_size <= MOST_BYTES and not path.is_symlink() else None
-    if status is None:
-        found.problems.append(Problem(where, "is no whole result file: cut off, damaged, or written by another tool"))
+    jobs = None
+    if path.stat().st_size <= MOST_BYTES and not path.is_symlink():
+        compacted = path.name == COMPACTED and path.parent == store
+        single = None if compacted else read_job_status(path)
+        jobs = read_compacted(path) if compacted else None if single is None else [single]
+    if jobs is None:
+        text = "is no whole result file: cut off, damaged, or written by another tool"
+        found.problems.append(Problem(str(path), text))
         return
-    if status.schema_version != SCHEMA_VERSION:
-        text = (
-            f"rows of another version: schema {status.schema_version}, this leakbench has {SCHEMA_VERSION}; run again"
-        )
-        found.problems.append(Problem(where, text))
+    versions = {job.schema_version for job in jobs} - {SCHEMA_VERSION}
+    if versions:
+        text = f"rows of another version: schema {min(versions)}, this leakbench has {SCHEMA_VERSION}; run again"
+        found.problems.append(Problem(str(path), text))
         return
-    fields = {MEASURES_FOLDER: MEASURE_FIELDS, UTILITY_FOLDER: UTILITY_FIELDS}.get(store.name, ROW_FIELDS)
     try:
-        table = pq.read_table(path)
+        for job, table in read_jobs(jobs):
+            _rows(job, table, store, found, classes, seen, parts)
     except (OSError, pa.ArrowException) as error:
-        found.problems.append(Problem(where, f"cannot be read: {' '.join(str(error).split())[:200]}"))
-        return
+        found.problems.append(Problem(str(path), f"cannot be read: {' '.join(str(error).split())[:200]}"))
+
+
+def _rows(
+    job: JobFile,
+    table: pa.Table,
+    store: Path,
+    found: Verified,
+    classes: Mapping[str, str],
+    seen: dict[tuple[str, str, str], str],
+    parts: list[pd.DataFrame],
+) -> None:
+    """Check the rows of one job, and keep what is compared with other jobs."""
+    where = str(job.path)
+    if job.path.name == COMPACTED:
+        where += f" job {job.job_id[:12]}"
+    fields = {MEASURES_FOLDER: MEASURE_FIELDS, UTILITY_FOLDER: UTILITY_FIELDS}.get(store.name, ROW_FIELDS)
     problems = [*_schema(table, fields)]
     if not problems:
         rows = table.to_pylist()
         found.rows += len(rows)
-        note = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        problems = [*_job(path, store, status.statuses, table, rows, note)]
+        problems = [*_job(job, store, table, rows)]
         if not any("another version" in text for text in problems):
             problems += _identity(rows[0], classes, found, where, fields)
-        key = (store.name if fields is not ROW_FIELDS else "", status.season, status.job_id)
+        key = (store.name if fields is not ROW_FIELDS else "", job.season, job.job_id)
         if key in seen:
             problems.append(f"duplicate: the rows of this job are in {seen[key]}, too")
         seen.setdefault(key, where)
@@ -197,21 +221,14 @@ def _schema(table: pa.Table, fields: Sequence[Field]) -> Iterator[str]:
         yield "holds no rows"
 
 
-def _job(
-    path: Path,
-    store: Path,
-    statuses: Mapping[str, int],
-    table: pa.Table,
-    rows: Sequence[Mapping[str, Any]],
-    note: Mapping[str, str],
-) -> Iterator[str]:
+def _job(job: JobFile, store: Path, table: pa.Table, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield what is wrong with the rows of one job as such."""
     first = rows[0]
     versions = set(table.column("benchmark_version").to_pylist()) - {BENCHMARK_VERSION}
     if versions:
         yield f"rows of another version: benchmark {min(versions)}, this leakbench has {BENCHMARK_VERSION}; run again"
         return
-    if ROWS_SHA256 in note and note[ROWS_SHA256] != rows_sha256(table):
+    if job.rows_sha256 not in (None, rows_sha256(table)):
         yield "forged or damaged: the rows are not those that were written (rows_sha256 of the file's footer differs)"
     measured = "measure" in first or "attack" not in first
     names = [f.name for f in (ROW_FIELDS if not measured else ()) if f.name not in _PER_ROW]
@@ -220,7 +237,8 @@ def _job(
     for name in [n for n in names if n not in outcome] + list(provenance):
         if name in table.column_names and len(table.column(name).unique()) > 1:
             yield f"rows of one job differ in {name!r}"
-    if path != job_path(store, first["job_id"], first["season"]):
+    place = store / COMPACTED, job_path(store, first["job_id"], first["season"])
+    if (first["job_id"], first["season"]) != (job.job_id, job.season) or job.path not in place:
         yield f"holds the rows of job {first['job_id'][:12]}... of season {first['season']!r}, whose place is another"
     if first["season"] == DEVELOPMENT.name and first["season_commitment"] != DEVELOPMENT.commitment:
         yield "season 'development' with the commitment of another key"
@@ -231,7 +249,7 @@ def _job(
         yield f"duplicate: trial {twice[0]} has {trials.count(twice[0])} rows"
     elif trials != wanted:
         yield f"expected one row for each of the trials {first['block_start']} to {first['block_stop'] - 1}, in order"
-    if statuses != Counter(row["status"] for row in rows):
+    if job.statuses != Counter(row["status"] for row in rows):
         yield "the statuses of its rows are not those of its footer"
     for row in rows:
         yield from (f"trial {row['trial']}: {text}" for text in _values(row))

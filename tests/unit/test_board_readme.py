@@ -6,8 +6,10 @@ import pytest
 from board_rows import frame, make
 
 from leakbench.board.lanes import lanes
-from leakbench.board.readme import BEGIN, END, FIRST, write_into
+from leakbench.board.readme import FIRST, best_of_lanes, write_into
 from leakbench.errors import UserError
+
+BEGIN, END = "<!-- leakbench board: begin -->", "<!-- leakbench board: end -->"
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +21,20 @@ def rows():
 def test_the_best_stand_between_the_markers_and_nothing_else_changes(rows, tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
-    write_into(path, rows, lanes(rows))
+    write_into(path, "board", best_of_lanes(rows, lanes(rows)))
     text = path.read_text()
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "STALE" not in text
     assert [i for i in range(FIRST + 2) if f"| attack{i} |" in text] == list(range(2, FIRST + 2))
-    write_into(path, rows, lanes(rows))
+    write_into(path, "board", best_of_lanes(rows, lanes(rows)))
     assert path.read_text() == text
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
-def test_a_file_without_its_markers_is_refused_and_left_alone(rows, tmp_path, text):
+def test_a_file_without_its_markers_is_refused_and_left_alone(tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(UserError, match="once, in this order"):
-        write_into(path, rows, lanes(rows))
+        write_into(path, "board", "new")
     assert path.read_text() == text

@@ -93,9 +93,9 @@ def test_a_foreign_parquet_file_is_not_a_result(tmp_path):
 
 def test_a_writer_killed_before_the_rename_leaves_no_job_and_the_next_write_cleans_up(tmp_path):
     code = (
-        "import os, signal; from pathlib import Path; from leakbench import results\n"
+        "import os, signal; from pathlib import Path; from leakbench import results, store\n"
         "from test_results import job\n"
-        "results.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "store.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"results.write_job(Path({str(tmp_path)!r}), 'ab12', 'development', job())"
     )
     here = str(Path(__file__).parent)

@@ -182,15 +182,15 @@ def test_a_row_runs_again_bit_by_bit_and_a_changed_one_does_not(copy):
     assert found.differs == []
     assert {line.trial for line in found.lines} == {1}
     assert any(line.metric == "instance_recall" and line.tolerance == 0 for line in found.lines)
-    _, now = find_job(row_id, [copy])
+    now = find_job(row_id, [copy])
     rewrite(path, {"instance_recall": 0.123})
-    _, then = find_job(row_id, [copy])
+    then = find_job(row_id, [copy])
     again = compare(row_id, "job", then, now, 1)
     assert [line.metric for line in again.lines if not line.agrees] == ["instance_recall"]
 
 
 def test_another_machine_has_a_tolerance_and_it_ends(results):
-    _, rows = find_job(job(results).stem, [results])
+    rows = find_job(job(results).stem, [results])
 
     def moved(by, **columns):
         return [row | columns | {"instance_recall": row["instance_recall"] + by} for row in rows]

@@ -1,0 +1,149 @@
+"""`leakbench compact`: the jobs of runs as one file, with pictures and reports, small enough to publish. No torch.
+
+Nothing is lost of a row: the file's footer keeps the footers of the jobs, with the hashes that `leakbench verify`
+checks. Updates that `leakbench utility` kept stay where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from leakbench.errors import UserError
+from leakbench.gallery import FOLDER as PICTURES
+from leakbench.gallery import SCHEMA as PICTURE_SCHEMA
+from leakbench.store import (
+    COMMANDS,
+    COMPACTED,
+    JOBS,
+    MEASURES_FOLDER,
+    UTILITY_FOLDER,
+    JobFile,
+    job_files,
+    prepare_out,
+    read_compacted,
+    read_jobs,
+    stores,
+    write_parquet,
+)
+
+REPORTS = tuple(f"{stem}.{kind}" for stem in ("reproduction", "claims") for kind in ("json", "csv", "md"))
+"""What `leakbench reproduce` writes beside rows."""
+
+FOLDERS = {"attacks": "", "measures": MEASURES_FOLDER, "utility": UTILITY_FOLDER}
+"""Where the rows of each kind are in an output directory."""
+
+_ORDER = ("task", "attack_label", "measure_label", "defense_label", "block_start", "job_id")
+
+
+@dataclass
+class Compacted:
+    """What `compact` wrote.
+
+    Args:
+        out: The folder.
+        jobs: Jobs per kind of `FOLDERS` that there is.
+        rows: Rows per kind.
+        pictures: Lines of the gallery.
+        bytes: Size of all its files.
+    """
+
+    out: Path
+    jobs: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    pictures: int = 0
+    bytes: int = 0
+
+
+def compact(runs: Sequence[Path], out: Path) -> Compacted:
+    """Write the rows of runs as one Parquet file per kind, beside their pictures and reports.
+
+    Args:
+        runs: Output directories of `leakbench run`, `measure`, `utility` or `reproduce`, left as they are. Of a job
+            that is in several, the last counts.
+        out: Folder to write; rows that it holds already have to be among those of the runs.
+
+    Raises:
+        UserError: A folder holds no rows, or those of another schema version; rows in ``out`` would be lost; or files
+            cannot be read or written.
+    """
+    for run in runs:
+        if not run.is_dir() or not set(stores(run)) & {run / folder for folder in FOLDERS.values()}:
+            raise UserError(f"no rows in {run}: expected the output directory of one run, such as runs/quick")
+    prepare_out(out)
+    done = Compacted(out)
+    try:
+        for kind, folder in FOLDERS.items():
+            jobs = {(job.season, job.job_id): job for run in runs for job in job_files(run / folder)}
+            _keeps([(job.season, job.job_id) for job in job_files(out / folder)], jobs, out)
+            if jobs:
+                table = _joined(jobs.values(), [command for run in runs for command in _commands(run / folder)])
+                write_parquet(table, out / folder / COMPACTED)
+                done.jobs[kind], done.rows[kind] = len(jobs), len(table)
+        done.pictures = _pictures(runs, out)
+        for file in (run / name for run in runs for name in REPORTS):
+            if file.is_file() and file.parent != out:
+                shutil.copyfile(file, out / file.name)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"--out {out}: rows cannot be read or written ({str(error)[:200]})") from None
+    done.bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return done
+
+
+def _keeps(there: Iterable[tuple[str, str]], jobs: dict[tuple[str, str], JobFile], out: Path) -> None:
+    lost = [key for key in there if key not in jobs]
+    if lost:
+        raise UserError(
+            f"--out {out}: holds {len(lost)} jobs that are in none of the runs; to keep those, name {out} as a run, "
+            "too, else use another --out"
+        )
+
+
+def _joined(wanted: Iterable[JobFile], commands: Sequence[str]) -> pa.Table:
+    """Return the rows of jobs as one table with their footers, those of one cell together."""
+    wanted = list(wanted)
+    parts = []
+    for path in dict.fromkeys(job.path for job in wanted):
+        own = {(job.season, job.job_id) for job in wanted if job.path == path}
+        held = read_compacted(path) or [job for job in wanted if job.path == path]
+        parts += [(job, table) for job, table in read_jobs(held) if (job.season, job.job_id) in own]
+    keys = [name for name in _ORDER if name in parts[0][1].column_names]
+    parts.sort(key=lambda part: [part[1][key][0].as_py() for key in keys])
+    notes = {JOBS: json.dumps([job.footer for job, _ in parts]), COMMANDS: json.dumps(list(dict.fromkeys(commands)))}
+    return pa.concat_tables([table for _, table in parts]).combine_chunks().replace_schema_metadata(notes)
+
+
+def _commands(store: Path) -> list[str]:
+    """Return what was typed for the rows of a store: those of its compacted file, and of its last plan."""
+    try:
+        planned = [str(json.loads((store / "plan.json").read_bytes())["command"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        planned = []
+    return [*commands_of(store / COMPACTED), *planned]
+
+
+def commands_of(path: Path) -> list[str]:
+    """Return the commands that a compacted file says its rows were made with; none where it says nothing."""
+    try:
+        return [str(command) for command in json.loads((pq.read_metadata(path).metadata or {})[COMMANDS.encode()])]
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
+        return []
+
+
+def _pictures(runs: Sequence[Path], out: Path) -> int:
+    """Write the galleries of runs as one file, and return its lines."""
+    tables = {path.name: path for run in runs for path in sorted((run / PICTURES).glob("[!.]*.parquet"))}
+    found = [table for table in map(pq.read_table, tables.values()) if table.schema.equals(PICTURE_SCHEMA)]
+    if not found:
+        return 0
+    lines = {(line["job_id"], line["rule"]): line for table in found for line in table.to_pylist()}
+    joined = pa.Table.from_pylist(list(lines.values()), schema=PICTURE_SCHEMA)
+    order = [(key, "ascending") for key in ("task", "attack_label", "defense_label", "job_id", "rule")]
+    write_parquet(joined.sort_by(order), out / PICTURES / "pictures.parquet")
+    return len(joined)

@@ -1,0 +1,150 @@
+"""Compacted rows: nothing is lost, every command reads them as it reads the run, and forgeries show as before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import leakbench.tasks as tasks
+from leakbench import evaluate
+from leakbench.board.origins import origins
+from leakbench.compact import compact
+from leakbench.errors import UserError
+from leakbench.gallery import read_gallery
+from leakbench.results import completed_jobs, load_rows
+from leakbench.store import COMPACTED, JOBS, job_files, read_compacted, result_folders
+from leakbench.submitting.rerun import find_job
+from leakbench.submitting.verify import verify
+
+pytestmark = pytest.mark.usefixtures("one_cache")
+
+TASK = tasks.Task(
+    dataset="digits",
+    architecture=tasks.Architecture(name="mlp"),
+    batch=tasks.BatchSpec(size=1),
+    target="inputs",
+    threat_model=tasks.ThreatModel(labels=True),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, one_cache):
+    """Rows of two attacks and of a defense, with pictures."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    evaluate("analytic", TASK, trials=3, isolation="none", out=out)
+    evaluate("random_image", TASK, trials=3, isolation="none", out=out)
+    evaluate("analytic", TASK, "topk(p=0.5)", trials=3, isolation="none", out=out)
+    (out / "plan.json").write_text(json.dumps({"command": "leakbench run tiny"}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def compacted(run, tmp_path_factory):
+    """The same, compacted."""
+    return compact([run], tmp_path_factory.mktemp("results") / "tiny").out
+
+
+def rewrite(path, change, **footer):
+    """Write a compacted file again with other columns or another footer."""
+    table = pq.read_table(path)
+    notes = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    pq.write_table(change(table).replace_schema_metadata(notes | footer), path)
+
+
+def test_rows_are_those_of_the_run_and_its_pictures_too(run, compacted):
+    ours, theirs = (load_rows(f).sort_values(["job_id", "trial"], ignore_index=True) for f in (compacted, run))
+    pd.testing.assert_frame_equal(ours, theirs)
+    assert len(ours) == 9
+    cells = [read_gallery(folder) for folder in (compacted, run)]
+    assert cells[0] == cells[1] != []
+    footers = [{job.job_id: job.footer for job in job_files(folder)} for folder in (compacted, run)]
+    assert footers[0] == footers[1]
+    assert [path.name for path in compacted.rglob("*") if path.is_file()] == [COMPACTED, "pictures.parquet"]
+
+
+def test_boards_are_those_of_the_run_also_through_the_folder_above(run, compacted, leakbench):
+    told = [leakbench("board", folder, "--json") for folder in (run, compacted, compacted.parent)]
+    assert told[0][0] == 0
+    assert told[0] == told[1] == told[2]
+
+
+def test_verify_checks_every_job_of_a_compacted_file(compacted, tmp_path):
+    assert verify([compacted]).problems == []
+    assert verify([compacted]).rows == 9
+    copy = shutil.copytree(compacted, tmp_path / "tiny")
+
+    def forged(table):
+        at = table.column_names.index("psnr")
+        values = [*table["psnr"].to_pylist()[:-1], 99.0]
+        return table.set_column(at, table.schema.field(at), pa.array(values, type=pa.float64()))
+
+    rewrite(copy / COMPACTED, forged)
+    (problem,) = verify([copy]).problems
+    assert "the rows are not those that were written" in problem.text
+    last = read_compacted(copy / COMPACTED)[-1].job_id
+    assert problem.where.endswith(f"job {last[:12]}")
+
+
+def test_a_job_twice_and_rows_that_do_not_add_up_are_refused(compacted, tmp_path):
+    assert any(p.text.startswith("duplicate") for p in verify([compacted, compacted]).problems)
+    notes = json.loads(pq.read_metadata(compacted / COMPACTED).metadata[JOBS.encode()])
+    copy = shutil.copytree(compacted, tmp_path / "tiny")
+    rewrite(copy / COMPACTED, lambda table: table.slice(1))
+    assert ["no whole result file" in p.text for p in verify([copy]).problems] == [True]
+    rewrite(copy / COMPACTED, lambda table: table, **{JOBS: json.dumps(notes[1:])})
+    assert read_compacted(copy / COMPACTED) is None
+    swapped = shutil.copytree(compacted, tmp_path / "swapped")
+    rewrite(swapped / COMPACTED, lambda table: table, **{JOBS: json.dumps(notes[::-1])})
+    assert all("whose place is another" in p.text or "are not those" in p.text for p in verify([swapped]).problems)
+    assert verify([swapped]).problems
+
+
+def test_a_row_is_found_by_its_id_and_runs_are_not_resumed_there(run, compacted):
+    for job in job_files(run):
+        rows = find_job(f"{job.job_id[:12]}:2", [compacted.parent])
+        assert {row["job_id"] for row in rows} == {job.job_id}
+        assert len(rows) == 3
+    assert completed_jobs(compacted, "development") == {}
+
+
+def test_shards_become_one_and_rows_that_would_be_lost_are_kept(run, compacted, tmp_path):
+    paths = [job.path for job in job_files(run)]
+    for number, path in enumerate(paths[:2]):
+        place = tmp_path / f"shard{number}" / path.relative_to(run)
+        place.parent.mkdir(parents=True)
+        shutil.copyfile(path, place)
+    out = tmp_path / "both"
+    assert compact([tmp_path / "shard0", tmp_path / "shard1"], out).jobs == {"attacks": 2}
+    with pytest.raises(UserError, match=r"1 jobs that are in none of the runs; to keep those, name .*both"):
+        compact([tmp_path / "shard0"], out)
+    assert compact([run], out).jobs == {"attacks": 3}
+    compact([out, tmp_path / "shard0"], out)
+    pd.testing.assert_frame_equal(
+        *(load_rows(f).sort_values(["job_id", "trial"], ignore_index=True) for f in (out, compacted))
+    )
+
+
+def test_what_holds_no_rows_is_refused(run, tmp_path):
+    for folder in (tmp_path, tmp_path / "none", run.parent):
+        with pytest.raises(UserError, match="expected the output directory of one run"):
+            compact([folder], tmp_path / "out")
+    assert result_folders([tmp_path, run.parent]) == [tmp_path, run]
+
+
+def test_how_rows_were_made_is_told_of_runs_and_of_compacted_rows(run, compacted, leakbench, tmp_path):
+    (line,) = origins([compacted.parent]).to_dict("records")
+    assert (line["jobs"], line["rows"], line["failed"], line["commands"]) == (3, 9, 0, "leakbench run tiny")
+    rows = load_rows(run)
+    wanted = (rows["wall_seconds"] + rows["client_seconds"]).sum() / 60
+    assert line["computing_minutes"] == pytest.approx(wanted)
+    assert line["datasets"] == f"digits {rows['dataset_fingerprint'][0][:10]}"
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- leakbench provenance: begin -->\n<!-- leakbench provenance: end -->\nb\n")
+    assert leakbench("provenance", compacted, "--into", path)[0] == 0
+    assert "| tiny | attacks | 3 | 9 | 0 |" in path.read_text()
+    assert leakbench("provenance", tmp_path / "none")[0] == 2
