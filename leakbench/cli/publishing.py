@@ -57,8 +57,16 @@ def provenance(results: tuple[Path, ...], into: Path | None, as_json: bool) -> N
 )
 @click.option("--repository", metavar="URL", help="Address of the code, https://..., that pages of entries link to.")
 @click.option("--changelog", type=click.Path(path_type=Path), help="Version history. [default: that of a checkout]")
+@click.option("--again", type=click.Path(path_type=Path), help="Rows of the same jobs that another machine made.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
-def site(results: tuple[Path, ...], out: Path, repository: str | None, changelog: Path | None, as_json: bool) -> None:
+def site(
+    results: tuple[Path, ...],
+    out: Path,
+    repository: str | None,
+    changelog: Path | None,
+    again: Path | None,
+    as_json: bool,
+) -> None:
     """Write the leaderboard of RESULTS as static pages that open from disk, without network or server.
 
     RESULTS are folders of runs, folders of such folders, or Parquet files of rows.
@@ -66,7 +74,7 @@ def site(results: tuple[Path, ...], out: Path, repository: str | None, changelog
     from leakbench.site.build import build
     from leakbench.site.data import Options
 
-    built = build(results, out, Options(repository, changelog))
+    built = build(results, out, Options(repository, changelog, again))
     if as_json:
         print_json({"index": str(built.index), "pages": built.pages, "rows": built.rows})
     else:

@@ -20,10 +20,11 @@ from leakbench.board.score import board_of, build_cells
 from leakbench.entries import Description, try_describe
 from leakbench.errors import UserError
 from leakbench.gallery import Entry, read_gallery
-from leakbench.results import holds_measures, holds_utility, load_measures, load_utility
+from leakbench.results import holds_measures, holds_utility, load_measures, load_rows, load_utility
 from leakbench.site.loading import load, row_files
 from leakbench.sources import Kind, sources
 from leakbench.store import result_folders
+from leakbench.submitting.badges import badges, least, read_statements, sealed_jobs
 
 LANE_TITLES = {
     "legacy_upper_bound": "one image, labels known (legacy upper bound)",
@@ -44,10 +45,12 @@ class Options:
     Args:
         repository: Address of the code for links, or None.
         changelog: File with the version history, or None.
+        again: Folder with rows of the same jobs that another machine made, or None.
     """
 
     repository: str | None = None
     changelog: Path | None = None
+    again: Path | None = None
 
 
 class Data:
@@ -84,6 +87,15 @@ class Data:
     def cell(self) -> dict[str, Cell]:
         """Cells by id."""
         return {cell_id(list(cell.keys.values())): cell for cell in self.cells}
+
+    @cached_property
+    def badge(self) -> dict[str, str]:
+        """Badges of cells by id: see `leakbench.submitting.badges`."""
+        again = None if self.options.again is None else load_rows(result_folders([self.options.again]))
+        found = badges(
+            self.rows, sealed=sealed_jobs(self.folders), again=again, statements=read_statements(self.folders)
+        ).to_numpy()
+        return {name: least(set(found[cell.places])) for name, cell in self.cell.items()}
 
     @cached_property
     def lane_tables(self) -> list[LaneTable]:

@@ -6,7 +6,7 @@ Nobody types a badge. ``claimed``, ``rerun`` and ``reproduced`` follow from wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,9 +14,12 @@ import pandas as pd
 from pydantic import Field, ValidationError
 
 from leakbench.errors import UserError
+from leakbench.keys import DEVELOPMENT
 from leakbench.metrics import METRICS
 from leakbench.parts import Part
+from leakbench.store import job_files
 from leakbench.submitting.rerun import ATOL, RTOL
+from leakbench.submitting.seal import SEAL, broken_seal
 from leakbench.suites import read_yaml
 
 BADGES = {
@@ -60,37 +63,67 @@ class Statements(Part):
     """By anybody, with a reason."""
 
 
-def read_statements(folder: Path) -> Statements:
-    """Return the statements beside rows; none where there is no file.
+def read_statements(folders: Iterable[Path]) -> Statements:
+    """Return the statements in folders of rows and in the folders around them.
 
     Raises:
-        UserError: The file is wrong.
+        UserError: A file is wrong.
     """
-    path = folder / STATEMENTS
-    if not path.is_file():
-        return Statements()
-    try:
-        return Statements.model_validate(read_yaml(path))
-    except ValidationError as error:
-        detail = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
+    all_ = Statements()
+    for place in dict.fromkeys(place for folder in folders for place in (folder, folder.parent)):
+        path = place / STATEMENTS
+        if path.is_file():
+            try:
+                found = Statements.model_validate(read_yaml(path))
+            except ValidationError as error:
+                detail = error.errors()[0]
+                raise UserError(f"{path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
+            all_ = Statements(confirmed=[*all_.confirmed, *found.confirmed], disputed=[*all_.disputed, *found.disputed])
+    return all_
+
+
+def sealed_jobs(folders: Iterable[Path]) -> set[str]:
+    """Return the jobs whose rows lie under a seal that holds, and nowhere else.
+
+    Args:
+        folders: Folders of runs.
+    """
+    sealed, loose = set[str](), set[str]()
+    for folder in folders:
+        places = [place for place in (folder, folder.parent) if (place / SEAL).is_file()]
+        holds = bool(places) and not any(any(broken_seal(place)) for place in places)
+        (sealed if holds else loose).update(job.job_id for job in job_files(folder))
+    return sealed - loose
+
+
+def least(found: Iterable[str]) -> str:
+    """Return the badge of several rows: the least of theirs, disputed where one of them is."""
+    found = list(found)
+    names = list(BADGES)
+    low = min((badge.removesuffix(" disputed") for badge in found), key=names.index)
+    return f"{low} disputed" if any(badge.endswith(" disputed") for badge in found) else low
 
 
 def badges(
-    rows: pd.DataFrame, *, sealed: bool, again: pd.DataFrame | None = None, statements: Statements | None = None
+    rows: pd.DataFrame,
+    *,
+    sealed: Container[str],
+    again: pd.DataFrame | None = None,
+    statements: Statements | None = None,
 ) -> pd.Series[str]:
     """Return the badge of every row, `` disputed`` after it where it is.
 
     Args:
         rows: Result rows as `leakbench.results.load_rows` gives them.
-        sealed: Whether they lie under a seal that `leakbench verify` found to hold.
+        sealed: Jobs under a seal that holds, as `sealed_jobs` finds them.
         again: Rows of the same jobs that another machine made.
         statements: What was said of entries.
     """
     said = statements or Statements()
-    clean = ~rows["git_dirty"].fillna(value=True).astype(bool)
-    secret = rows["season"] != "development"
-    rerun = rows["isolation"].isin(list(ISOLATED)) & clean & secret & sealed
+    clean = ~rows["git_dirty"].astype("boolean").fillna(value=True).astype(bool)
+    secret = rows["season"] != DEVELOPMENT.name
+    rerun = rows["isolation"].isin(list(ISOLATED)) & clean & secret
+    rerun &= rows["job_id"].map(lambda job: job in sealed).astype(bool)
     badge = pd.Series("claimed", index=rows.index, dtype=object).mask(rerun, "rerun")
     badge = badge.mask(rerun & _about(rows, said.confirmed), "confirmed")
     if again is not None:
@@ -103,10 +136,9 @@ def _about(rows: pd.DataFrame, statements: Sequence[Statement]) -> pd.Series[boo
     """Return which rows are of an entry that a statement is about, as a part of a chain or alone."""
     found = pd.Series(data=False, index=rows.index)
     for statement in statements:
-        names = rows[statement.kind].fillna("").str.split("+")
-        found |= names.map(lambda parts, name=statement.name: name in parts) & (
-            rows[f"{statement.kind}_version"] == statement.version
-        )
+        names = rows[statement.kind].astype(object).fillna("")
+        named = names.map(lambda chain, name=statement.name: name in chain.split("+")).astype(bool)
+        found |= named & (rows[f"{statement.kind}_version"].astype(object) == statement.version)
     return found
 
 

@@ -14,7 +14,7 @@ from leakbench import evaluate
 from leakbench.errors import UserError
 from leakbench.results import ROWS_SHA256, load_rows, rows_sha256
 from leakbench.schema import task_columns
-from leakbench.submitting.badges import Statement, Statements, badges
+from leakbench.submitting.badges import Statement, Statements, badges, least, read_statements, sealed_jobs
 from leakbench.submitting.identity import task_of, wrong_task_columns
 from leakbench.submitting.rerun import compare, find_job, is_row_id, rerun
 from leakbench.submitting.seal import NAMESPACE, SEAL, write_seal
@@ -214,22 +214,53 @@ def test_row_ids_are_told_from_papers():
 
 def test_badges_follow_from_rows_seals_and_statements(results):
     rows = load_rows(results)
-    assert set(badges(rows, sealed=True)) == {"claimed"}  # the key of the development season is public
+    every = set(rows["job_id"])
+    assert set(badges(rows, sealed=every)) == {"claimed"}  # the key of the development season is public
     official = rows.assign(season="spring", isolation="bwrap", git_dirty=False)
-    assert set(badges(official, sealed=False)) == {"claimed"}
-    assert set(badges(official, sealed=True)) == {"rerun"}
+    assert set(badges(official, sealed=set())) == {"claimed"}
+    assert set(badges(official, sealed=every)) == {"rerun"}
     elsewhere = official.assign(host_kind="another")
-    assert set(badges(official, sealed=True, again=official)) == {"rerun"}
-    assert set(badges(official, sealed=True, again=elsewhere)) == {"reproduced"}
+    assert set(badges(official, sealed=every, again=official)) == {"rerun"}
+    assert set(badges(official, sealed=every, again=elsewhere)) == {"reproduced"}
     other = elsewhere.assign(instance_recall=elsewhere["instance_recall"] + 0.01)
-    assert set(badges(official, sealed=True, again=other)) == {"rerun"}
+    assert set(badges(official, sealed=every, again=other)) == {"rerun"}
     version = int(rows.loc[rows["attack"] == "llg", "attack_version"].iloc[0])
     said = Statement(kind="attack", name="llg", version=version, by="its author", link="https://example.org/1")
     of = official["attack"]
-    found = badges(official, sealed=True, statements=Statements(confirmed=[said]))
+    found = badges(official, sealed=every, statements=Statements(confirmed=[said]))
     assert found.groupby(of).unique().map(list).to_dict() == {"llg": ["confirmed"], "random_labels": ["rerun"]}
     chain = Statement(kind="defense", name="topk", version=2, by="a reader", link="https://example.org/2")
-    found = badges(official, sealed=True, statements=Statements(disputed=[chain]))
+    found = badges(official, sealed=every, statements=Statements(disputed=[chain]))
     assert found.groupby(of).unique().map(list).to_dict() == {"llg": ["rerun"], "random_labels": ["rerun disputed"]}
     settled = Statements(disputed=[chain.model_copy(update={"settled": True})])
-    assert set(badges(official, sealed=True, statements=settled)) == {"rerun"}
+    assert set(badges(official, sealed=every, statements=settled)) == {"rerun"}
+
+
+def test_only_jobs_under_a_seal_that_holds_count_as_sealed(copy, tmp_path):
+    every = set(load_rows(copy)["job_id"])
+    assert sealed_jobs([copy]) == set()
+    write_seal(copy)
+    assert sealed_jobs([copy]) == every
+    loose = shutil.copytree(copy, tmp_path / "loose" / "rows")
+    (loose / SEAL).unlink()
+    assert sealed_jobs([copy, loose]) == set()  # which of the two would be shown?
+    rewrite(job(copy), {"instance_recall": 0.25})
+    assert sealed_jobs([copy]) == set()
+
+
+def test_cells_have_the_least_badge_of_their_rows():
+    assert least(["rerun", "reproduced"]) == "rerun"
+    assert least(["claimed", "rerun disputed"]) == "claimed disputed"
+    assert least(["confirmed"]) == "confirmed"
+
+
+def test_statements_are_read_beside_rows_and_above_them(tmp_path):
+    said = "- {kind: attack, name: llg, version: 1, by: me, link: https://example.org/1}\n"
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "statements.yaml").write_text(f"confirmed:\n{said}")
+    (tmp_path / "quick" / "statements.yaml").write_text(f"disputed:\n{said}")
+    found = read_statements([tmp_path / "quick"])
+    assert (len(found.confirmed), len(found.disputed)) == (1, 1)
+    (tmp_path / "statements.yaml").write_text("confirmed: [{kind: attack, link: 'javascript:alert(1)'}]\n")
+    with pytest.raises(UserError, match=r"statements.yaml: confirmed.0"):
+        read_statements([tmp_path / "quick"])
