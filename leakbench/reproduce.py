@@ -227,7 +227,7 @@ def _line(part: pd.DataFrame, metric: str, figure: Figure | None) -> dict[str, A
     if (part["status"] != "ok").any() or np.isnan(values).any():
         status = part.loc[part["status"] != "ok"].iloc[0] if (part["status"] != "ok").any() else first
         return line | {"n": 0, "verdict": "not measured", "note": f"{status['status']}: {status['error']}"}
-    mean, low, high = bootstrap(values, list(range(len(values))), *(first[key] for key in _KEYS), metric)
+    mean, low, high = bootstrap(values, range(len(values)))
     line |= {"ours": mean, "low": low, "high": high, "n": len(values), "chance": part[METRICS[metric].reference].mean()}
     if figure is None:
         return line | {"verdict": NO_FIGURE}

@@ -185,7 +185,7 @@ def _line(block: _Block, control: _Block | None) -> dict[str, Any]:
     means = block.means()
     worst = block.cells[int(np.argmax(means.to_numpy()))]
     highest = block.values.max(axis=1)
-    interval = bootstrap(highest.to_numpy(), list(highest.index), "autoleak", *block.keys.values())
+    interval = bootstrap(highest.to_numpy(), highest.index.tolist())
     first = block.values.to_numpy().argmax(axis=1) if len(highest) else np.empty(0, dtype=int)
     same = control is not None and set(present) <= set(control.values.columns)
     return block.keys | {

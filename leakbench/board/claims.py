@@ -146,7 +146,7 @@ def _within(layers: Sequence[Group], quantity: str, rows: pd.DataFrame) -> Itera
     the larger group. Layers of normalisation are left out.
     """
     rows = rows[(rows["quantity"] == quantity) & rows["layer_kind"].isin(["linear", "convolution"])]
-    for keys, part in rows.groupby(list(_MEASURED), sort=True):
+    for _, part in rows.groupby(list(_MEASURED), sort=True):
         groups = [part[_in_group(part, group)] for group in layers]
         if any(not len(group) for group in groups):
             continue  # a net without such layers
@@ -154,7 +154,7 @@ def _within(layers: Sequence[Group], quantity: str, rows: pd.DataFrame) -> Itera
             line = _independent(_of_layers(groups[0]), _of_layers(groups[1]), int(part["n"].iloc[0]))
         else:
             means = [group.groupby("trial")["value"].mean() for group in groups]
-            line = _of_pairs(means[0], means[1], *keys)
+            line = _of_pairs(means[0], means[1])
         note = " against ".join(f"{group['layer'].nunique()} layers" for group in groups)
         yield {"setting": _setting(part), "more": line.pop("a"), "less": line.pop("b"), **line, "note": note}
 
@@ -191,14 +191,14 @@ _SAME = (
 def _along(axis: str, quantity: str, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
     rows = rows[(rows["quantity"] == quantity) & (rows["layer"] == ALL)]
     same = [key for key in _SAME if key not in (axis, *_FOLLOWS.get(axis, ())) and key in rows]
-    for keys, part in rows.groupby(same, sort=True, dropna=False):
+    for _, part in rows.groupby(same, sort=True, dropna=False):
         levels = sorted(part[axis].unique())
         for level in levels[1:]:
             more, less = (part[part[axis] == value] for value in (levels[0], level))
             if more["trial"].isna().all():
                 line = _of_intervals(more.iloc[0], less.iloc[0])
             else:
-                line = _of_samples(more["value"].to_numpy(float), less["value"].to_numpy(float), *keys, level)
+                line = _of_samples(more["value"].to_numpy(float), less["value"].to_numpy(float))
             setting = f"{_setting(more)}: {axis} {levels[0]} against {level}"
             yield {"setting": setting, "more": line.pop("a"), "less": line.pop("b"), **line, "note": ""}
 
@@ -218,7 +218,7 @@ def _residual(withheld: Sequence[str], quantity: str, rows: pd.DataFrame) -> Ite
                 line = _of_intervals(before.iloc[0], after.iloc[0])
             else:
                 pair = [each.set_index("trial")["value"] for each in (before, after)]
-                line = _of_pairs(*pair, part["task_hash"].iloc[0], quantity, label)
+                line = _of_pairs(*pair)
             setting = f"{part['task'].iloc[0]}: none against {label}"
             yield {"setting": setting, "more": line.pop("a"), "less": line.pop("b"), **line, "note": ""}
 
@@ -246,7 +246,7 @@ def _attacked(withheld: Sequence[str], metric: str, rows: pd.DataFrame) -> Itera
             lacking = set(undefended["attack_label"]) - set(own["attack_label"]) - declined
             lacking |= set(own.loc[own["status"] != "ok", "attack_label"])
             after = _strongest(own, spec, sign)
-            line = _of_pairs(before["_value"] * sign, after["_value"] * sign, part["task_hash"].iloc[0], label)
+            line = _of_pairs(before["_value"] * sign, after["_value"] * sign)
             line |= {"more": sign * line.pop("a"), "less": sign * line.pop("b")}
             note = f"{before['attack_label'].iloc[0]} against {after['attack_label'].iloc[0]}"
             if lacking:
@@ -266,11 +266,11 @@ def _strongest(rows: pd.DataFrame, spec: MetricSpec, sign: int) -> pd.DataFrame:
 # --- differences with intervals ---------------------------------------------------------------------------------------
 
 
-def _of_pairs(a: pd.Series[float], b: pd.Series[float], *names: object) -> dict[str, Any]:
+def _of_pairs(a: pd.Series[float], b: pd.Series[float]) -> dict[str, Any]:
     """Return the mean difference over common trials with its bootstrap interval."""
     common = a.index.intersection(b.index)
     first, second = a.loc[common].to_numpy(float), b.loc[common].to_numpy(float)
-    mean, low, high = bootstrap(first - second, list(common), "claim", *map(str, names))
+    mean, low, high = bootstrap(first - second, common.tolist())
     return {
         "a": first.mean(),
         "b": second.mean(),
@@ -281,11 +281,9 @@ def _of_pairs(a: pd.Series[float], b: pd.Series[float], *names: object) -> dict[
     }
 
 
-def _of_samples(a: NDArray[np.float64], b: NDArray[np.float64], *names: object) -> dict[str, Any]:
+def _of_samples(a: NDArray[np.float64], b: NDArray[np.float64]) -> dict[str, Any]:
     """Return the difference of two means of different trials; the interval is that of two independent ones."""
-    first = bootstrap(a, list(range(len(a))), "claim", 0, *map(str, names))
-    second = bootstrap(b, list(range(len(b))), "claim", 1, *map(str, names))
-    return _independent(first, second, len(a))
+    return _independent(bootstrap(a, range(len(a))), bootstrap(b, range(len(b))), len(a))
 
 
 def _of_intervals(a: pd.Series[Any], b: pd.Series[Any]) -> dict[str, Any]:

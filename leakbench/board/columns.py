@@ -147,7 +147,7 @@ class Cell:
     @cached_property
     def score(self) -> Interval:
         """Mean of the ranking metric."""
-        return bootstrap(self.values(self.metric), self.clusters, "mean", *self.keys.values())
+        return bootstrap(self.values(self.metric), self.clusters)
 
     @cached_property
     def chance(self) -> float:
@@ -166,8 +166,7 @@ class Cell:
         """Gain over the floor of the same trial, for inputs."""
         if self.metric.target != "inputs":
             return Interval(np.nan, np.nan, np.nan)
-        difference = self.values(self.metric) - self.reference(self.metric)
-        return bootstrap(difference, self.clusters, "gain", *self.keys.values())
+        return bootstrap(self.values(self.metric) - self.reference(self.metric), self.clusters)
 
     @cached_property
     def statistics(self) -> dict[str, Interval]:
@@ -177,7 +176,7 @@ class Cell:
         scores = np.where(np.isnan(scores), 0.5, scores)
         clusters = [cluster for cluster, kept in zip(self.clusters, known, strict=True) if kept]
         truth = self.tried["inference_truth"][known].astype(np.int64)
-        return statistics(truth, scores, clusters, "statistics", *self.keys.values())
+        return statistics(truth, scores, clusters)
 
     @property
     def defense_note(self) -> str | None:

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from leakbench.board.columns import CELL_KEYS, DEFENSE_KEYS
 from leakbench.board.measures import MEASURE_KEYS, nets
 from leakbench.board.score import group_ids, plain, split_cells
-from leakbench.board.stats import CONFIDENCE, MIN_PAIRS, resamples
+from leakbench.board.stats import ENDS, MIN_PAIRS, resamples
 from leakbench.measures.catalogue import MEASURES
 from leakbench.metrics import METRICS
 from leakbench.tasks import Protocol
@@ -125,7 +125,7 @@ def _lines(cell: pd.DataFrame, part: pd.DataFrame, keys: dict[str, Any]) -> Iter
     quantities = {quantity.name: quantity for quantity in MEASURES.get(part["measure"].iloc[0]).quantities}
     for metric in metrics:
         for numbers, known in _known(values, quality[metric].dropna().astype(float)):
-            results = rank_correlations(known[:, 1:], known[:, 0], metric, *keys.values())
+            results = rank_correlations(known[:, 1:], known[:, 0])
             for number, (rho, low, high) in zip(numbers, results, strict=True):
                 more = quantities[own[number]["quantity"]].more_leaks
                 better = metric == GAIN or METRICS[metric].higher_is_better
@@ -155,7 +155,7 @@ def _known(values: pd.DataFrame, quality: pd.Series[float]) -> Iterator[tuple[li
             yield columns, known.to_numpy(dtype=np.float64)
 
 
-def rank_correlations(values: Floats, quality: Floats, *names: object) -> list[tuple[float, float, float]]:
+def rank_correlations(values: Floats, quality: Floats) -> list[tuple[float, float, float]]:
     """Return Spearman's rank correlation of each column with ``quality``, and its bootstrap interval.
 
     Resamples in which one of the two is constant are left out.
@@ -163,7 +163,6 @@ def rank_correlations(values: Floats, quality: Floats, *names: object) -> list[t
     Args:
         values: (n, Q), one row per cluster.
         quality: (n,).
-        names: What the values belong to; they seed the resampling.
     """
     count = len(quality)
     constant = [bool((column == column[0]).all()) or bool((quality == quality[0]).all()) for column in values.T]
@@ -173,9 +172,9 @@ def rank_correlations(values: Floats, quality: Floats, *names: object) -> list[t
     ]
     ends = np.full((2, len(rho)), np.nan)
     if count >= MIN_PAIRS and not all(constant):
-        drawn = np.concatenate([_resampled(values, quality, weights) for weights in resamples(count, *names)])
+        drawn = np.concatenate([_resampled(values, quality, weights) for weights in resamples(count)])
         for i in (i for i, same in enumerate(constant) if not same):
-            ends[:, i] = np.nanquantile(drawn[:, i], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+            ends[:, i] = np.nanquantile(drawn[:, i], ENDS)
     return [(value, float(low), float(high)) for value, low, high in zip(rho, *ends, strict=True)]
 
 

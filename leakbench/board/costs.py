@@ -114,7 +114,7 @@ class Costs:
         line["drop_low"], line["drop_high"] = interval(means["drop"].to_list())
         if line["seeds"] < MIN_SEEDS:
             line["no_utility_because"] = f"fewer than {MIN_SEEDS} seeds"
-        drawn = np.concatenate(list(resamples(len(means), "utility", keys["dataset"]))) / len(means)
+        drawn = np.concatenate(list(resamples(len(means), "seeds"))) / len(means)
         return line, drawn @ means["utility"].to_numpy()
 
 

@@ -15,8 +15,8 @@ from leakbench.board.autoleak import autoleak, members, overlap
 from leakbench.board.cohorts import with_cohorts
 from leakbench.board.columns import DEFENSE_KEYS, DEMONSTRATION_DATASETS
 from leakbench.board.costs import COST_COLUMNS, Costs
-from leakbench.board.defenses import TABLE_KEYS, Standing, ends, standings, standings_frame
-from leakbench.board.stats import MIN_PAIRS
+from leakbench.board.defenses import TABLE_KEYS, Standing, standings, standings_frame
+from leakbench.board.stats import MIN_PAIRS, ends
 
 CLASSES = (1, 2, 5)
 """Points of accuracy that a defense may cost."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from leakbench.autoleak import CONTROL, family
 from leakbench.board.columns import DEFENSE_KEYS, TASK_KEYS, Cell, entry_parameters
 from leakbench.board.score import build_cells, plain
-from leakbench.board.stats import CONFIDENCE, MIN_PAIRS, resamples, separable
+from leakbench.board.stats import MIN_PAIRS, ends, resamples, separable
 from leakbench.stage import IN_TRAINING
 
 TABLE_KEYS = ("season", "season_commitment", "benchmark_version", "lane", "target", "dataset", "dataset_fingerprint")
@@ -149,8 +149,8 @@ def standings(rows: pd.DataFrame, recovers: Mapping[str, Collection[str]] | None
     tables: dict[tuple[Any, ...], list[Standing]] = {}
     for one in found:
         tables.setdefault(one.table, []).append(one)
-    for table, members in tables.items():
-        _resample(table, members)
+    for members in tables.values():
+        _resample(members)
     _warn_of_masking(found)
     return found
 
@@ -264,7 +264,7 @@ def _informative(undefended: Cell, floor: pd.Series[float]) -> bool:
     level, target = _values(undefended), str(undefended.keys["target"])
     if not level.mean() - floor.mean() >= MIN_SPAN[target]:
         return False
-    return len(level) < MIN_PAIRS or separable(level, floor, "informative", *undefended.keys.values())
+    return len(level) < MIN_PAIRS or separable(level, floor)
 
 
 def _problems(own: list[Cell], plainly: list[Cell], named: set[str], known: Mapping[str, set[str]]) -> list[str]:
@@ -322,7 +322,7 @@ def curve_of(said: Mapping[Any, Any]) -> tuple[tuple[Any, ...], tuple[float, ...
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
-def _resample(table: tuple[Any, ...], members: list[Standing]) -> None:
+def _resample(members: list[Standing]) -> None:
     """Fill in privacy with its interval: all of a table from the same resamples, so that differences are paired.
 
     A resample draws numbers of trials; a trial's victims on several tasks are drawn together.
@@ -330,7 +330,7 @@ def _resample(table: tuple[Any, ...], members: list[Standing]) -> None:
     trials = sorted({trial for one in members for part in one.paired.values() for trial in part.index})
     if not trials:
         return
-    drawn = np.concatenate(list(resamples(len(trials), "defenses", *table)))
+    drawn = np.concatenate(list(resamples(len(trials))))
     place = {trial: i for i, trial in enumerate(trials)}
     for one in members:
         draws = {}
@@ -362,12 +362,6 @@ def _privacy(means: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.where(span > 0, np.clip((means[1] - means[0]) / span, 0, 1), np.nan)
 
 
-def ends(draws: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the ends of the percentile interval."""
-    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
 def _warn_of_masking(found: list[Standing]) -> None:
     """Note where a stronger setting leaks more than a weaker one: it may hide a gradient, not what is in it."""
     curves: dict[tuple[Any, ...], list[Standing]] = {}
@@ -375,13 +369,12 @@ def _warn_of_masking(found: list[Standing]) -> None:
         if one.strength is not None and one.worst is not None:
             task = tuple(one.keys[key] for key in TASK_KEYS)
             curves.setdefault((task, one.curve), []).append(one)
-    for key, settings in curves.items():
+    for settings in curves.values():
         for strong in settings:
             for weak in settings:
                 if not _stronger(strong, weak) or strong.worst is None or weak.worst is None:
                     continue
-                names = ("masking", *map(repr, key), weak.keys["defense_params"], strong.keys["defense_params"])
-                if strong.line["worst"] > weak.line["worst"] and separable(strong.worst, weak.worst, *names):
+                if strong.line["worst"] > weak.line["worst"] and separable(strong.worst, weak.worst):
                     text = f"leaks more than {weak.line['defense_label']} (masking?)"
                     strong.line["warnings"] = "; ".join(filter(None, (strong.line["warnings"], text)))
 

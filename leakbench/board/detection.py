@@ -7,8 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from leakbench.board.stats import CONFIDENCE, RESAMPLES, Interval
-from leakbench.keys import PUBLIC_KEY, seed
+from leakbench.board.stats import ENDS, Interval, resamples
 
 FALSE_POSITIVES = 0.01
 """The rate at which the true positives are told: below 100 negatives, that is none."""
@@ -20,21 +19,16 @@ STATISTICS = {
 }
 """Every statistic and what it is."""
 
-_CHUNK = 4_000_000  # resampled counts held at a time, 32 MB
-
 Floats = NDArray[np.float64]
 
 
-def statistics(
-    truth: NDArray[np.int64], scores: Floats, clusters: Sequence[Hashable], *names: object
-) -> dict[str, Interval]:
+def statistics(truth: NDArray[np.int64], scores: Floats, clusters: Sequence[Hashable]) -> dict[str, Interval]:
     """Return every statistic with its percentile interval, resampling clusters.
 
     Args:
         truth: (n,) 0 or 1.
         scores: (n,) claimed probabilities of 1.
         clusters: n labels; rows of one cluster are drawn together.
-        names: What the values belong to; they seed the resampling.
 
     Returns:
         By name; everything NaN where all truths are the same. Resamples with one truth only are left out.
@@ -48,15 +42,11 @@ def statistics(
     count = int(codes.max()) + 1
     if count < 2:
         return {name: Interval(float(value[0]), np.nan, np.nan) for name, value in whole.items()}
-    rng = np.random.default_rng(seed(PUBLIC_KEY, "bootstrap", *names))
-    step = max(1, _CHUNK // (count + 2 * len(levels)))
     drawn: dict[str, list[Floats]] = {name: [] for name in STATISTICS}
-    for start in range(0, RESAMPLES, step):
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=min(step, RESAMPLES - start))
-        for name, values in _of_counts(weights[:, codes].astype(np.float64), truth, levels, position).items():
+    for weights in resamples(count):
+        for name, values in _of_counts(weights[:, codes], truth, levels, position).items():
             drawn[name].append(values)
-    ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    bounds = {name: np.nanquantile(np.concatenate(values), ends) for name, values in drawn.items()}
+    bounds = {name: np.nanquantile(np.concatenate(values), ENDS) for name, values in drawn.items()}
     return {name: Interval(float(whole[name][0]), *map(float, bounds[name])) for name in STATISTICS}
 
 

@@ -138,22 +138,21 @@ def _table(rows: pd.DataFrame) -> LaneTable | None:
         parts = [
             (edge["tasks"].iloc[0] / len(measured), edge["edge"].to_numpy(float)) for _, edge in edges.groupby("law")
         ]
-        interval = stratified(parts, "lane", *(line[key] for key in (*LANE_KEYS, *ATTACK_KEYS)))
+        interval = stratified(parts)
         line |= {"edge": interval.mean, "edge_low": interval.low, "edge_high": interval.high}
         line |= dict.fromkeys(("rank_group", "rank_low", "rank_high", "detectable"), np.nan)
         weighted = edges["edge"] * edges["tasks"] * (len(edges) / len(measured)) / edges["victims"]
         built.append((line, weighted, of_tasks))
     built.sort(key=lambda item: (-item[0]["edge"], item[0]["attack_label"]))
     ran = [item for item in built if item[0]["covered"]]
-    entries = [(repr([line[key] for key in ATTACK_KEYS]), series) for line, series, _ in ran]
-    for (line, *_), rank in zip(ran, rank_groups(entries, "lane", *keys.values()), strict=True):
+    for (line, *_), rank in zip(ran, rank_groups([series for _, series, _ in ran]), strict=True):
         line["rank_group"] = rank
     never = [
         line | {"edge": np.nan, "edge_low": np.nan, "edge_high": np.nan} for line, *_ in built if not line["covered"]
     ]
     low = high = np.zeros((0, 0))
     if ran:
-        means = victims.replicates(np.stack([of_tasks for *_, of_tasks in ran], axis=1), "ranks", *keys.values())
+        means = victims.replicates(np.stack([of_tasks for *_, of_tasks in ran], axis=1))
         low, high = differences(means)
         ranks = rank_intervals(means)
         for (line, *_), first, last in zip(ran, ranks["low"], ranks["high"], strict=True):
@@ -219,6 +218,6 @@ class _Victims:
         means = pd.Series(edges).groupby(self._victim).mean()
         return self._lines.assign(edge=means.to_numpy())
 
-    def replicates(self, edges: NDArray[np.float64], *names: object) -> NDArray[np.float64]:
+    def replicates(self, edges: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the means of attacks (N, A), as `edges` gives each, in resamples of victims and tasks (R, A)."""
-        return replicates(edges, self._tasks, self._victim.tolist(), self._laws, *names)
+        return replicates(edges, self._tasks, self._victim.tolist(), self._laws)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from leakbench.board.columns import DEFENSE_KEYS
 from leakbench.board.score import group_ids, named_weights, plain
-from leakbench.board.stats import CONFIDENCE, resamples
+from leakbench.board.stats import ENDS, resamples
 from leakbench.measures.catalogue import MeasureKind
 from leakbench.stage import stage_order
 from leakbench.tasks import Architecture
@@ -115,7 +115,7 @@ def _lines(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
     by_trial = part[~fitted].assign(_line=layers[~fitted])
     by_trial = by_trial.pivot_table(index=["draw", "trial"], columns="_line", values="value")
     for columns, values in _common(by_trial):
-        low, high = intervals(values, *keys.values())
+        low, high = intervals(values)
         for i, number in enumerate(columns):
             mean = {"value": float(values[:, i].mean()), "low": low[i], "high": high[i], "n": len(values)}
             yield keys | own[number] | mean | {"fitted": False}
@@ -130,17 +130,16 @@ def _common(by_trial: pd.DataFrame) -> Iterator[tuple[list[Any], Floats]]:
         yield columns, by_trial[columns].dropna().to_numpy(np.float64)
 
 
-def intervals(values: Floats, *names: object) -> tuple[Floats, Floats]:
+def intervals(values: Floats) -> tuple[Floats, Floats]:
     """Return the ends of each column's bootstrap interval of the mean, NaN below two rows.
 
     Args:
         values: (n, Q), one row per cluster: the columns are resampled together.
-        names: What the values belong to; they seed the resampling.
     """
     if len(values) < 2:
         return np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
-    means = np.concatenate([drawn @ values for drawn in resamples(len(values), *names)]) / len(values)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    means = np.concatenate([drawn @ values for drawn in resamples(len(values))]) / len(values)
+    low, high = np.quantile(means, ENDS, axis=0)
     return low, high
 
 

@@ -15,11 +15,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from leakbench.board.stats import CONFIDENCE, MIN_PAIRS, RESAMPLES, Z_SUM, resamples
+from leakbench.board.stats import ENDS, MIN_PAIRS, RESAMPLES, Z_SUM, resamples
 
 Floats = NDArray[np.float64]
-
-_ENDS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 
 
 def replicates(
@@ -27,7 +25,6 @@ def replicates(
     tasks: Sequence[str | int],
     clusters: Sequence[str | int],
     strata: Sequence[str | int],
-    *names: object,
 ) -> Floats:
     """Return the mean over tasks of every entry in every resample, (R, A); the mean of a task is that of its clusters.
 
@@ -36,7 +33,6 @@ def replicates(
         tasks: N labels.
         clusters: N labels; tasks of one stratum share the draw of those with the same label.
         strata: N labels; each task lies in one stratum.
-        names: The table; they seed the resampling.
 
     Raises:
         ValueError: A task lies in several strata.
@@ -49,28 +45,27 @@ def replicates(
     means = []
     for number, (_, stratum) in enumerate(whole.groupby(level="stratum")):
         places, labels = pd.factorize(stratum.index.get_level_values("cluster"), sort=True)
-        drawn = _draws(len(labels), *names, "stratum", number)
+        drawn = _draws(len(labels), "stratum", number)
         for _, task in stratum.groupby(level="task"):
             own = drawn[:, places[stratum.index.get_indexer(task.index)]]
             total = own.sum(axis=1, keepdims=True)  # 0 where none of a smaller task's clusters was drawn
             mean = task.to_numpy(np.float64).mean(axis=0)
             means.append(np.where(total > 0, own @ task.to_numpy(np.float64) / np.maximum(total, 1), mean))
-    summed: Floats = np.einsum("rt,tra->ra", _draws(len(means), *names, "tasks"), np.stack(means))
+    summed: Floats = np.einsum("rt,tra->ra", _draws(len(means), "tasks"), np.stack(means))
     return summed / float(len(means))
 
 
-def _draws(count: int, *names: object) -> Floats:
+def _draws(count: int, *independent: object) -> Floats:
     if count == 1:
         return np.ones((RESAMPLES, 1))
-    return np.concatenate(list(resamples(count, *names)))
+    return np.concatenate(list(resamples(count, *independent)))
 
 
-def common(entries: Sequence[pd.Series[float]], *names: object) -> Floats | None:
+def common(entries: Sequence[pd.Series[float]]) -> Floats | None:
     """Return `replicates` of entries on one task, on the trials that all have; None for fewer than `MIN_PAIRS`.
 
     Args:
         entries: Values of each, indexed by trial.
-        names: The table; they seed the resampling.
     """
     index = entries[0].index
     for other in entries[1:]:
@@ -80,7 +75,7 @@ def common(entries: Sequence[pd.Series[float]], *names: object) -> Floats | None
         return None
     values = np.stack([(e if e.index is index else e.loc[index]).to_numpy(np.float64) for e in entries], axis=1)
     # As `replicates` of one task, whose clusters are lines already.
-    return np.concatenate([drawn @ values for drawn in resamples(len(index), *names, "stratum", 0)]) / len(index)
+    return np.concatenate([drawn @ values for drawn in resamples(len(index), "stratum", 0)]) / len(index)
 
 
 def rank_intervals(means: Floats) -> pd.DataFrame:
@@ -92,8 +87,8 @@ def rank_intervals(means: Floats) -> pd.DataFrame:
         means: (R, A) as `replicates` gives them; greater is better.
     """
     first, last = (rankdata(-means, method=method, axis=1) for method in ("min", "max"))
-    low = np.quantile(first, _ENDS[0], axis=0, method="inverted_cdf")
-    high = np.quantile(last, _ENDS[1], axis=0, method="inverted_cdf")
+    low = np.quantile(first, ENDS[0], axis=0, method="inverted_cdf")
+    high = np.quantile(last, ENDS[1], axis=0, method="inverted_cdf")
     best = ((first == 1) / last).mean(axis=0)
     return pd.DataFrame({"low": low.astype(np.int64), "high": high.astype(np.int64), "best": best})
 
@@ -102,7 +97,7 @@ def differences(means: Floats) -> tuple[Floats, Floats]:
     """Return the ends of the 95% interval of the difference of every two entries, (A, A) each: line minus column."""
     low, high = (np.zeros((means.shape[1], means.shape[1])) for _ in range(2))
     for a in range(means.shape[1]):
-        low[a], high[a] = np.quantile(means[:, [a]] - means, _ENDS, axis=0)
+        low[a], high[a] = np.quantile(means[:, [a]] - means, ENDS, axis=0)
     return low, high
 
 

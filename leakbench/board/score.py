@@ -53,11 +53,10 @@ def board_of(built: Sequence[Cell]) -> pd.DataFrame:
     frame = frame.reset_index(drop=True)
     for _, table in frame[frame["n"] > 0].groupby(group_ids(frame, (*TASK_KEYS, *DEFENSE_KEYS)), sort=False):
         members = [built[i] for i in table["_cell"]]
-        entries = [(repr([cell.keys[k] for k in ATTACK_KEYS]), cell.by_trial) for cell in members]
-        names = [members[0].keys[k] for k in (*TASK_KEYS, *DEFENSE_KEYS)]
-        frame.loc[table.index, "rank_group"] = rank_groups(entries, *names)
+        entries = [cell.by_trial for cell in members]
+        frame.loc[table.index, "rank_group"] = rank_groups(entries)
         frame.loc[table.index, "detectable"] = detectable_difference(entries)
-        means = common([values for _, values in entries], "ranks", *names)
+        means = common(entries)
         if means is not None:
             frame.loc[table.index, ["rank_low", "rank_high"]] = rank_intervals(means)[["low", "high"]].to_numpy()
     carries_nothing = (frame["defense"] == _NOTHING) & (frame["target"] == "inputs")

@@ -1,8 +1,9 @@
-"""Intervals and ties: the bootstrap over trials. Every draw depends on names only, so no cell moves another."""
+"""Intervals and ties: the bootstrap over trials, with the same draws for everything of as many clusters."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +15,16 @@ from leakbench.keys import PUBLIC_KEY, seed
 CONFIDENCE = 0.95
 """Level of every interval."""
 
+ENDS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+"""Quantiles at its ends."""
+
 RESAMPLES = 2_000
 """Bootstrap resamples: the Monte Carlo error of an end is about a twentieth of the interval's width."""
 
 MIN_PAIRS = 6
 """Fewest common trials on which two entries can differ: with five, an exact sign test cannot reach p < 0.05."""
 
-_CHUNK = 4_000_000  # resampled indices held at a time, 32 MB
+_CHUNK = 2_000_000  # resampled numbers held at a time, 16 MB
 
 Z_SUM = 1.959964 + 0.841621
 """Normal quantiles of a two-sided 5% test with 80% power."""
@@ -40,7 +44,8 @@ def bootstrap(values: NDArray[np.float64], clusters: Sequence[Hashable], *names:
     Args:
         values: (n,) one per row; a NaN makes the whole result NaN.
         clusters: n labels; rows of one cluster are drawn together.
-        names: What the values belong to; they seed the resampling.
+        names: Only for intervals that rows hold: they seed draws of their own, which are added up one by one, so that
+            a row measured again is the same to the last bit. A board gives none: see `resamples`.
     """
     if len(values) == 0 or bool(np.isnan(values).any()):
         return Interval(np.nan, np.nan, np.nan)
@@ -51,52 +56,71 @@ def bootstrap(values: NDArray[np.float64], clusters: Sequence[Hashable], *names:
     mean = float(values.mean())
     if len(sums) < 2:
         return Interval(mean, np.nan, np.nan)
-    rng = np.random.default_rng(seed(PUBLIC_KEY, "bootstrap", *names))
-    step = max(1, _CHUNK // len(sums))
-    means = []
-    for start in range(0, RESAMPLES, step):
-        drawn = rng.integers(len(sums), size=(min(step, RESAMPLES - start), len(sums)))
-        means.append(sums.take(drawn).sum(axis=1) / (len(sums) if own else sizes[drawn].sum(axis=1)))
-    low, high = np.quantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(mean, float(low), float(high))
+    if names:
+        means = [sums.take(drawn).sum(axis=1) / sizes.take(drawn).sum(axis=1) for drawn in _draws(len(sums), *names)]
+    else:
+        means = [weights @ sums / (len(sums) if own else weights @ sizes) for weights in resamples(len(sums))]
+    return Interval(mean, *ends(np.concatenate(means)))
 
 
-def resamples(count: int, *names: object) -> Iterator[NDArray[np.float64]]:
-    """Yield how often each cluster is drawn in a resample, (R, count) with R adding up to `RESAMPLES`.
+def ends(means: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the ends of the percentile interval of resampled values (R,)."""
+    low, high = np.quantile(means, ENDS)
+    return float(low), float(high)
 
-    Those of the same names are the draws of `bootstrap`; here many numbers share them.
+
+def resamples(count: int, *independent: object) -> Iterator[NDArray[np.float64]]:
+    """Yield how often each cluster is drawn in a resample, (R, count) with R adding up to `RESAMPLES`; read-only.
+
+    The draws depend on nothing but the arguments. So a number's interval depends on its own rows only, and all numbers
+    of as many clusters share their draws: an interval is as valid as with draws of its own, and what two share cancels
+    in their difference.
 
     Args:
         count: Clusters.
-        names: What they belong to; they seed the resampling.
+        independent: Name of the draws. Numbers that are put together and are independent (parts of a sum, tasks and
+            the victims within them) need draws of different names: those of no name would move together.
     """
+    if RESAMPLES * count <= _CHUNK:
+        yield _kept(count, *independent)
+    else:
+        yield from _weights(count, *independent)
+
+
+def _draws(count: int, *names: object) -> Iterator[NDArray[np.int64]]:
     rng = np.random.default_rng(seed(PUBLIC_KEY, "bootstrap", *names))
     step = max(1, _CHUNK // count)
     for start in range(0, RESAMPLES, step):
-        drawn = rng.integers(count, size=(min(step, RESAMPLES - start), count))
+        yield rng.integers(count, size=(min(step, RESAMPLES - start), count))
+
+
+def _weights(count: int, *names: object) -> Iterator[NDArray[np.float64]]:
+    for drawn in _draws(count, *names):
         flat = (drawn + count * np.arange(len(drawn))[:, None]).ravel()
         yield np.bincount(flat, minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
 
 
-def stratified(parts: Sequence[tuple[float, NDArray[np.float64]]], *names: object) -> Interval:
+@lru_cache(maxsize=8)
+def _kept(count: int, *names: object) -> NDArray[np.float64]:
+    (weights,) = _weights(count, *names)
+    weights.setflags(write=False)
+    return weights
+
+
+def stratified(parts: Sequence[tuple[float, NDArray[np.float64]]]) -> Interval:
     """Return a weighted sum of means with its percentile interval, resampling within each part.
 
     Args:
         parts: Weight, and (n,) values of one part; values of different parts are independent.
-        names: What the values belong to; they seed the resampling.
     """
-    rng = np.random.default_rng(seed(PUBLIC_KEY, "bootstrap", *names))
-    totals = np.zeros(RESAMPLES)
-    for weight, values in parts:
-        step = max(1, _CHUNK // len(values))
-        for start in range(0, RESAMPLES, step):
-            stop = min(start + step, RESAMPLES)
-            totals[start:stop] += weight * values[rng.integers(len(values), size=(stop - start, len(values)))].mean(1)
     mean = sum(weight * float(values.mean()) for weight, values in parts)
     if any(len(values) < 2 for _, values in parts):
         return Interval(mean, np.nan, np.nan)
-    low, high = np.quantile(totals, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(mean, float(low), float(high))
+    means = [
+        np.concatenate([drawn @ values for drawn in resamples(len(values), "part", number)]) * (weight / len(values))
+        for number, (weight, values) in enumerate(parts)
+    ]
+    return Interval(mean, *ends(np.sum(means, axis=0)))
 
 
 def paired(a: pd.Series[float], b: pd.Series[float]) -> pd.Series[float]:
@@ -107,41 +131,34 @@ def paired(a: pd.Series[float], b: pd.Series[float]) -> pd.Series[float]:
     return a.loc[common] - b.loc[common]
 
 
-def separable(a: pd.Series[float], b: pd.Series[float], *names: object) -> bool:
-    """Whether the paired difference of two entries is not zero at the level of `CONFIDENCE`.
-
-    Args:
-        a: Values of one entry, indexed by trial.
-        b: Values of the other.
-        names: What is compared; they seed the resampling.
-    """
+def separable(a: pd.Series[float], b: pd.Series[float]) -> bool:
+    """Whether the paired difference of two entries, indexed by trial, is not zero at the level of `CONFIDENCE`."""
     difference = paired(a, b)
     if len(difference) < MIN_PAIRS:
         return False
-    interval = bootstrap(np.asarray(difference, dtype=np.float64), list(difference.index), "difference", *names)
+    interval = bootstrap(np.asarray(difference, dtype=np.float64), difference.index.tolist())
     return interval.low > 0 or interval.high < 0
 
 
-def rank_groups(entries: Sequence[tuple[str, pd.Series[float]]], *names: object) -> list[int]:
+def rank_groups(entries: Sequence[pd.Series[float]]) -> list[int]:
     """Return the rank group of every entry: 1 for the best and those that cannot be told from it, and so on.
 
     An entry that can be told from the leader of its group opens the next one and leads it.
 
     Args:
-        entries: (name, values indexed by trial), best first.
-        names: The table; they seed the resampling.
+        entries: Values of each, indexed by trial, best first.
     """
     groups: list[int] = []
     leader = 0
-    for i, (name, values) in enumerate(entries):
-        if i and separable(entries[leader][1], values, *names, entries[leader][0], name):
+    for i, values in enumerate(entries):
+        if i and separable(entries[leader], values):
             leader = i
         groups.append((groups[-1] + (leader == i)) if groups else 1)
     return groups
 
 
-def detectable_difference(entries: Sequence[tuple[str, pd.Series[float]]]) -> float:
+def detectable_difference(entries: Sequence[pd.Series[float]]) -> float:
     """Return the difference to the first entry that these trials detect with 80% power at 5%: a median over entries."""
-    differences = [paired(entries[0][1], values) for _, values in entries[1:]]
+    differences = [paired(entries[0], values) for values in entries[1:]]
     detectable = [Z_SUM * float(d.std(ddof=1)) / np.sqrt(len(d)) for d in differences if len(d) > 1]
     return float(np.median(detectable)) if detectable else np.nan
