@@ -60,11 +60,11 @@ def test_means_over_trials_have_the_bootstrap_interval_and_fitted_values_their_o
 
 def test_resamples_that_quantities_share_are_those_of_the_plain_bootstrap():
     values = np.random.default_rng(0).normal(size=(17, 3))
-    drawn = np.concatenate(list(resamples(17, "a", 1)))
+    drawn = np.concatenate(list(resamples(17)))
     assert drawn.shape == (RESAMPLES, 17)
     assert (drawn.sum(1) == 17).all()
     for column in values.T:
-        own = bootstrap(column, range(17), "a", 1)
+        own = bootstrap(column, range(17))
         np.testing.assert_allclose(np.quantile(drawn @ column / 17, [0.025, 0.975]), own[1:], rtol=1e-12)
 
 
@@ -195,8 +195,8 @@ def test_rank_correlations_and_their_resamples_are_scipys():
     rng = np.random.default_rng(3)
     quality = rng.integers(0, 6, size=20).astype(float)  # with ties
     values = np.stack([quality + rng.normal(size=20), rng.integers(0, 3, size=20).astype(float), np.ones(20)], 1)
-    (first, second, constant) = rank_correlations(values, quality, "x")
-    drawn = np.concatenate(list(resamples(20, "x"))).astype(int)
+    (first, second, constant) = rank_correlations(values, quality)
+    drawn = np.concatenate(list(resamples(20))).astype(int)
     for column, found in ((0, first), (1, second)):
         assert found[0] == pytest.approx(spearmanr(values[:, column], quality).statistic)
         rhos = []
@@ -212,8 +212,8 @@ def test_rank_correlations_and_their_resamples_are_scipys():
 def test_an_interval_of_independent_numbers_holds_zero_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     misses = 0
-    for number in range(100):
-        ((_, low, high),) = rank_correlations(rng.normal(size=(30, 1)), rng.normal(size=30), number)
+    for _ in range(100):
+        ((_, low, high),) = rank_correlations(rng.normal(size=(30, 1)), rng.normal(size=30))
         misses += not low <= 0 <= high
     assert 1 <= misses <= 15  # 5 expected, the percentile interval a little narrow
 

@@ -47,16 +47,16 @@ def test_every_statistic_is_scikit_learns_on_rows_that_are_repeated(rows):
 def test_a_hundred_negatives_allow_one_false_positive():
     truth = np.array([0] * 100 + [1] * 4)
     scores = np.concatenate([np.linspace(0, 0.4, 99), [0.9, 0.95, 0.6, 0.5, 0.2]])
-    found = statistics(truth, scores, range(104), "test")["tpr_at_1pct_fpr"].mean
+    found = statistics(truth, scores, range(104))["tpr_at_1pct_fpr"].mean
     assert found == 0.75
-    assert statistics(truth[1:], scores[1:], range(103), "test")["tpr_at_1pct_fpr"].mean == 0.25
+    assert statistics(truth[1:], scores[1:], range(103))["tpr_at_1pct_fpr"].mean == 0.25
 
 
 def test_the_interval_is_that_of_a_plain_bootstrap():
     rng = np.random.default_rng(3)
     truth = rng.integers(0, 2, 60)
     scores = np.clip(rng.normal(0.5 + 0.15 * (2 * truth - 1), 0.2), 0, 1)
-    found = statistics(truth, scores, range(60), "test")
+    found = statistics(truth, scores, range(60))
     drawn = [rng.integers(0, 60, 60) for _ in range(400)]
     plain = [by_sklearn(truth[rows], scores[rows]) for rows in drawn]
     for name in ("auc", "balanced_accuracy"):
@@ -67,13 +67,13 @@ def test_the_interval_is_that_of_a_plain_bootstrap():
 
 def test_rows_of_one_victim_are_drawn_together():
     truth, scores = np.array([0, 1] * 10), np.linspace(0.2, 0.8, 20)
-    own, shared = (statistics(truth, scores, [i // n for i in range(20)], "test")["auc"] for n in (1, 10))
+    own, shared = (statistics(truth, scores, [i // n for i in range(20)])["auc"] for n in (1, 10))
     assert own.mean == shared.mean
     assert shared.high - shared.low != own.high - own.low
 
 
 def test_one_truth_tells_nothing():
-    found = statistics(np.ones(5, np.int64), np.linspace(0, 1, 5), range(5), "test")
+    found = statistics(np.ones(5, np.int64), np.linspace(0, 1, 5), range(5))
     assert np.isnan([value for interval in found.values() for value in interval]).all()
 
 

@@ -1,0 +1,68 @@
+"""The bootstrap against SciPy's and plain draws; which draws are shared, and which must not be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from leakbench.board.stats import RESAMPLES, bootstrap, resamples, stratified
+from leakbench.keys import PUBLIC_KEY, seed
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.mark.parametrize("count", [12, 200])
+def test_intervals_are_scipys_up_to_chance(count):
+    sums, sizes = RNG.exponential(size=count), RNG.integers(1, 5, size=count)
+    clusters = np.repeat(np.arange(count), sizes).tolist()
+    own = bootstrap(np.repeat(sums / sizes, sizes), clusters)
+    plain = bootstrap(sums, range(count))
+    for found, data, statistic in (
+        (plain, (sums,), lambda x, axis: x.mean(axis)),
+        (own, (sums, sizes), lambda x, n, axis: x.sum(axis) / n.sum(axis)),
+    ):
+        expected = scipy_stats.bootstrap(
+            data, statistic, paired=True, vectorized=True, n_resamples=20_000, method="percentile", random_state=RNG
+        ).confidence_interval
+        width = expected.high - expected.low
+        assert found[1:] == pytest.approx((expected.low, expected.high), abs=0.08 * width)  # 2,000 resamples: 2% each
+
+
+def test_whatever_has_as_many_clusters_shares_its_draws_and_depends_on_nothing_else():
+    values = RNG.normal(size=30)
+    first = bootstrap(values, range(30))
+    for count in range(2, 20):  # the draws are made anew
+        bootstrap(values[:count], range(count))
+    assert bootstrap(values, [f"victim {i}" for i in range(30)]) == first
+    assert bootstrap(5 - 2 * values, range(30)) == pytest.approx(
+        (5 - 2 * first.mean, 5 - 2 * first.high, 5 - 2 * first.low)
+    )
+    (weights,) = resamples(30)
+    assert not weights.flags.writeable
+
+
+def test_draws_in_parts_are_those_in_one_piece():
+    count = 1_300
+    drawn = np.random.default_rng(seed(PUBLIC_KEY, "bootstrap")).integers(count, size=(RESAMPLES, count))
+    parts = list(resamples(count))
+    assert len(parts) > 1
+    for i in (0, len(parts[0]), RESAMPLES - 1):
+        np.testing.assert_array_equal(np.concatenate(parts)[i], np.bincount(drawn[i], minlength=count))
+
+
+def test_parts_of_as_many_values_are_drawn_independently():
+    values = RNG.normal(size=50)
+    alone = bootstrap(values, range(50))
+    twice = stratified([(0.5, values), (0.5, values)])
+    assert twice.high - twice.low == pytest.approx((alone.high - alone.low) / np.sqrt(2), rel=0.1)
+    against = stratified([(0.5, values), (0.5, -values)])
+    assert against.high - against.low == pytest.approx((alone.high - alone.low) / np.sqrt(2), rel=0.1)
+
+
+@pytest.mark.parametrize("count", [17, 1_300])
+def test_intervals_that_rows_hold_are_those_of_their_own_draws_to_the_last_bit(count):
+    values = RNG.normal(size=count)
+    drawn = np.random.default_rng(seed(PUBLIC_KEY, "bootstrap", "bits", 1)).integers(count, size=(RESAMPLES, count))
+    ends = np.quantile(values[drawn].sum(axis=1) / count, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    assert bootstrap(values, range(count), "bits", 1) == (values.mean(), *ends)
