@@ -139,6 +139,26 @@ def rows(results: tuple[Path, ...], attack: str | None, defense: str | None, tas
 
 
 @cli.command()
+@click.argument("then", type=click.Path(path_type=Path))
+@click.argument("now", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def drift(then: Path, now: Path, as_json: bool) -> int:
+    """Compare the rows under THEN with those that the same jobs gave later, under NOW.
+
+    Exits with 1 where a number differs: rows are equal bit by bit on the same kind of machine, threads, torch and code,
+    else within the tolerance of `leakbench reproduce`.
+    """
+    from leakbench.submitting.drift import drift
+
+    found = drift([then], [now])
+    if as_json:
+        print_json(found.content())
+    else:
+        click.echo("\n".join(found.lines()))
+    return 1 if found.off else 0
+
+
+@cli.command()
 @click.argument("base")
 @click.argument("head")
 @click.option("--actor", default="", help="Login of who opened the pull request, from the event.")

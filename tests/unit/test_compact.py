@@ -7,6 +7,7 @@ import shutil
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,6 +19,7 @@ from leakbench.errors import UserError
 from leakbench.gallery import read_gallery
 from leakbench.results import completed_jobs, load_rows
 from leakbench.store import COMPACTED, JOBS, job_files, read_compacted, result_folders
+from leakbench.submitting.drift import drift
 from leakbench.submitting.rerun import find_job
 from leakbench.submitting.verify import verify
 
@@ -148,3 +150,27 @@ def test_how_rows_were_made_is_told_of_runs_and_of_compacted_rows(run, compacted
     assert leakbench("provenance", compacted, "--into", path)[0] == 0
     assert "| tiny | attacks | 3 | 9 | 0 |" in path.read_text()
     assert leakbench("provenance", tmp_path / "none")[0] == 2
+
+
+def test_drift_is_any_number_that_the_same_job_gave_otherwise(run, compacted, tmp_path, leakbench):
+    code, out, _ = leakbench("drift", compacted, run)
+    assert (code, out.splitlines()[-1].split(",")[0]) == (0, "3 jobs in both")
+    copy = shutil.copytree(compacted, tmp_path / "tiny")
+
+    def shifted(table):
+        at = table.column_names.index("psnr")
+        return table.set_column(at, table.schema.field(at), pa.compute.add(table["psnr"], 1e-9))
+
+    rewrite(copy / COMPACTED, shifted)
+    found = drift([run], [copy])
+    assert {line.metric for _, line in found.off} == {"psnr"}
+    assert len(found.off) == 9  # bit by bit: nothing about the machine differs
+
+    def elsewhere(table):
+        at = table.column_names.index("torch")
+        return table.set_column(at, table.schema.field(at), pa.array(["0.0"] * len(table)))
+
+    rewrite(copy / COMPACTED, elsewhere)
+    assert drift([run], [copy]).off == []
+    with pytest.raises(UserError, match="no job is both under"):
+        drift([run], [tmp_path / "none"])
