@@ -8,22 +8,31 @@ import pandas as pd
 
 from leakbench.board import render
 from leakbench.board.lanes import LANE_KEYS
-from leakbench.board.score import cells, group_ids
+from leakbench.board.score import group_ids
 from leakbench.errors import UserError
+from leakbench.keys import DEVELOPMENT
 
 FIRST = 5
 """Attacks of a table."""
 
 
-def best_of_lanes(rows: pd.DataFrame, ranked: pd.DataFrame) -> str:
-    """Return the first lines of every lane as Markdown.
+def best_of_lanes(ranked: pd.DataFrame) -> str:
+    """Return the first lines of every lane as Markdown, without the lanes of demonstrations where there are others.
 
     Args:
-        rows: Result rows.
-        ranked: What `leakbench.board.lanes.lanes` makes of them.
+        ranked: What `leakbench.board.lanes.lanes` returns.
     """
-    top = ranked.groupby(group_ids(ranked, LANE_KEYS), sort=False).head(FIRST)
-    return render.markdown(cells(rows.iloc[:0]), top)
+    shown = ranked if ranked["demonstration"].all() else ranked[~ranked["demonstration"].astype(bool)]
+    top = shown.groupby(group_ids(shown, LANE_KEYS), sort=False).head(FIRST)
+    parts, captions = [], dict[str, None]()
+    for table in render.lane_tables(top):
+        rule = ["---", *("---:" for _ in table.header)]
+        lines = [["attack", *table.header], rule, *([attack, *texts] for attack, texts in table.lines)]
+        parts.append("\n".join([f"### {table.title}", "", *render.markdown_lines(lines)]))
+        captions.setdefault(table.caption)
+    if DEVELOPMENT.name in set(shown["season"]):
+        captions.setdefault(f"season {DEVELOPMENT.name}: a public key, for development; no records")
+    return "\n\n".join([*parts, *(f"*{caption}*" for caption in captions)])
 
 
 def write_into(path: Path, name: str, text: str) -> None:

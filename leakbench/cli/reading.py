@@ -101,7 +101,7 @@ def board(
     if into is not None:
         from leakbench.board.readme import best_of_lanes, write_into
 
-        write_into(into, "board", best_of_lanes(rows, lanes(rows)))
+        write_into(into, "board", best_of_lanes(lanes(rows)))
         click.echo(into)
         return 0
     board, ranked = cells(rows.iloc[:0] if only_lanes else rows), lanes(rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
-from board_rows import frame, make
+from board_rows import LABELS, frame, make
 
 from leakbench.board.lanes import lanes
 from leakbench.board.readme import FIRST, best_of_lanes, write_into
@@ -21,14 +22,22 @@ def rows():
 def test_the_best_stand_between_the_markers_and_nothing_else_changes(rows, tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{BEGIN}\nSTALE\n{END}\nafter\n")
-    write_into(path, "board", best_of_lanes(rows, lanes(rows)))
+    write_into(path, "board", best_of_lanes(lanes(rows)))
     text = path.read_text()
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "STALE" not in text
     assert [i for i in range(FIRST + 2) if f"| attack{i} |" in text] == list(range(2, FIRST + 2))
-    write_into(path, "board", best_of_lanes(rows, lanes(rows)))
+    write_into(path, "board", best_of_lanes(lanes(rows)))
     assert path.read_text() == text
+
+
+def test_demonstrations_are_left_out_where_there_is_more(rows):
+    shown = frame(make([0.9] * 8, "shown_off", task=LABELS.model_copy(update={"dataset": "digits"})))
+    assert "shown_off" in best_of_lanes(lanes(shown))
+    both = best_of_lanes(lanes(pd.concat([rows, shown], ignore_index=True)))
+    assert "attack3" in both
+    assert "shown_off" not in both
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
