@@ -92,8 +92,8 @@ def lane_frame(tables: Sequence[LaneTable]) -> pd.DataFrame:
 
 def lane_tables(rows: pd.DataFrame) -> list[LaneTable]:
     """Return one table per lane and stage; see `lanes`."""
-    rows = rows.dropna(subset=["attack", "lane"])
-    rows = rows[rows["defense"] == "none"]
+    # One selection, not three: each would copy every column of all rows.
+    rows = rows[rows["attack"].notna() & rows["lane"].notna() & (rows["defense"] == "none")]
     rows = rows.assign(demonstration=rows["dataset"].isin(list(DEMONSTRATION_DATASETS)))
     tables = [_table(table) for _, table in rows.groupby(group_ids(rows, LANE_KEYS))]
     return [table for table in tables if table is not None]

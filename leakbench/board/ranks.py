@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from leakbench.board.stats import ENDS, MIN_PAIRS, RESAMPLES, Z_SUM, resamples
 
@@ -86,10 +85,13 @@ def rank_intervals(means: Floats) -> pd.DataFrame:
     Args:
         means: (R, A) as `replicates` gives them; greater is better.
     """
-    first, last = (rankdata(-means, method=method, axis=1) for method in ("min", "max"))
-    low = np.quantile(first, ENDS[0], axis=0, method="inverted_cdf")
-    high = np.quantile(last, ENDS[1], axis=0, method="inverted_cdf")
-    best = ((first == 1) / last).mean(axis=0)
+    entries = np.ascontiguousarray(means.T)
+    # Whom how many beat, and how many do as well: a sort of every resample takes four times as long.
+    first = np.stack([1 + (entries > own).sum(axis=0, dtype=np.uint16) for own in entries])
+    last = np.stack([(entries >= own).sum(axis=0, dtype=np.uint16) for own in entries])
+    low = np.quantile(first, ENDS[0], axis=1, method="inverted_cdf")
+    high = np.quantile(last, ENDS[1], axis=1, method="inverted_cdf")
+    best = ((first == 1) / last).mean(axis=1)
     return pd.DataFrame({"low": low.astype(np.int64), "high": high.astype(np.int64), "best": best})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from leakbench.board.arrays import Rows
 from leakbench.board.columns import ATTACK_KEYS, CELL_KEYS, COLUMNS, DEFENSE_KEYS, TASK_KEYS, Cell
@@ -46,23 +47,36 @@ def board_of(built: Sequence[Cell]) -> pd.DataFrame:
     frame = pd.DataFrame(
         [cell.keys | {column.key: column.produce(cell) for column in COLUMNS} for cell in built], columns=columns
     )
-    frame[list(TABLE_COLUMNS)] = np.nan
-    frame["_cell"] = range(len(built))
     order = ["task", *TASK_KEYS, *DEFENSE_KEYS, "mean", *ATTACK_KEYS]
     frame = frame.sort_values(list(dict.fromkeys(order)), ascending=[k != "mean" for k in dict.fromkeys(order)])
+    ordered = [built[number] for number in frame.index]
     frame = frame.reset_index(drop=True)
-    for _, table in frame[frame["n"] > 0].groupby(group_ids(frame, (*TASK_KEYS, *DEFENSE_KEYS)), sort=False):
-        members = [built[i] for i in table["_cell"]]
-        entries = [cell.by_trial for cell in members]
-        frame.loc[table.index, "rank_group"] = rank_groups(entries)
-        frame.loc[table.index, "detectable"] = detectable_difference(entries)
-        means = common(entries)
-        if means is not None:
-            frame.loc[table.index, ["rank_low", "rank_high"]] = rank_intervals(means)[["low", "high"]].to_numpy()
+    frame[list(TABLE_COLUMNS)] = _of_tables(ordered, group_ids(frame, (*TASK_KEYS, *DEFENSE_KEYS)).to_numpy())
     carries_nothing = (frame["defense"] == _NOTHING) & (frame["target"] == "inputs")
     same_attack = group_ids(frame, (*TASK_KEYS, *ATTACK_KEYS))
     frame["empty"] = frame["mean"].where(carries_nothing).groupby(same_attack).transform("max")
-    return frame.drop(columns="_cell")
+    return frame
+
+
+def _of_tables(ordered: Sequence[Cell], tables: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return all of `TABLE_COLUMNS` but the last of every cell, with a column of NaN for that one.
+
+    Args:
+        ordered: Cells, those of one table with the best first.
+        tables: (n,) table of each.
+    """
+    found = np.full((len(ordered), len(TABLE_COLUMNS)), np.nan)
+    members: dict[int, list[int]] = {}
+    for place, (cell, table) in enumerate(zip(ordered, tables.tolist(), strict=True)):
+        if len(cell.tried):
+            members.setdefault(table, []).append(place)
+    for places in members.values():
+        entries = [ordered[place].by_trial for place in places]
+        found[places, 0], found[places, 3] = rank_groups(entries), detectable_difference(entries)
+        means = common(entries)
+        if means is not None:
+            found[places, 1:3] = rank_intervals(means)[["low", "high"]]
+    return found
 
 
 def group_ids(frame: pd.DataFrame, keys: tuple[str, ...]) -> pd.Series[int]:

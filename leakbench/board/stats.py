@@ -123,12 +123,12 @@ def stratified(parts: Sequence[tuple[float, NDArray[np.float64]]]) -> Interval:
     return Interval(mean, *ends(np.sum(means, axis=0)))
 
 
-def paired(a: pd.Series[float], b: pd.Series[float]) -> pd.Series[float]:
-    """Return a - b on their common trials; both are indexed by trial."""
-    if a.index is b.index or a.index.equals(b.index):
-        return a - b
-    common = a.index.intersection(b.index)
-    return a.loc[common] - b.loc[common]
+def paired(a: pd.Series[float], b: pd.Series[float]) -> NDArray[np.float64]:
+    """Return a - b on their common trials, (n,); both are indexed by trial, each of which occurs once."""
+    if a.index is not b.index and not a.index.equals(b.index):
+        common = a.index.intersection(b.index)
+        a, b = a.loc[common], b.loc[common]
+    return np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
 
 
 def separable(a: pd.Series[float], b: pd.Series[float]) -> bool:
@@ -136,7 +136,7 @@ def separable(a: pd.Series[float], b: pd.Series[float]) -> bool:
     difference = paired(a, b)
     if len(difference) < MIN_PAIRS:
         return False
-    interval = bootstrap(np.asarray(difference, dtype=np.float64), difference.index.tolist())
+    interval = bootstrap(difference, range(len(difference)))
     return interval.low > 0 or interval.high < 0
 
 

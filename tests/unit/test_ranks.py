@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import rankdata
 
 from leakbench.board.ranks import common, detectable, differences, profiles, rank_intervals, replicates
 from leakbench.board.stats import bootstrap
@@ -47,6 +48,15 @@ def test_equal_entries_share_their_ranks():
     assert ranks[["low", "high"]].to_numpy().tolist() == [[1, 1], [2, 3], [2, 3]]
     twins = rank_intervals(one_task(np.stack([base, base], axis=1)))
     assert twins["best"].tolist() == [0.5, 0.5]
+
+
+def test_ranks_are_scipys():
+    means = RNG.integers(0, 4, size=(50, 6)).astype(float)  # with ties
+    first, last = (rankdata(-means, method=method, axis=1) for method in ("min", "max"))
+    found = rank_intervals(means)
+    assert found["low"].tolist() == np.quantile(first, 0.025, axis=0, method="inverted_cdf").tolist()
+    assert found["high"].tolist() == np.quantile(last, 0.975, axis=0, method="inverted_cdf").tolist()
+    np.testing.assert_allclose(found["best"], ((first == 1) / last).mean(axis=0), rtol=1e-12)
 
 
 def test_what_all_entries_share_cancels():
