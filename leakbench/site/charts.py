@@ -24,13 +24,14 @@ class Interval(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One point of `curves`."""
+    """One point of `curves`; one without a mark only bends the line."""
 
     x: float
     y: float
     low: float = math.nan
     high: float = math.nan
     label: str = ""
+    mark: bool = True
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
@@ -61,24 +62,35 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(step * i, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return round values between 10**low and 10**high: powers of ten, of a short axis also twice and five times."""
+    powers = range(math.floor(low), math.floor(high) + 1)
+    for factors in ((1,), (1, 2, 5)):
+        found = [factor * 10.0**t for t in powers for factor in factors if low <= math.log10(factor) + t <= high]
+        if len(found) > 2:
+            break
+    return found
+
+
 def forest(name: str, title: str, axis: str, lines: Sequence[Interval], zero: str = "chance") -> Markup:
     """Return values with their intervals, one below the other, and a line at 0."""
     known = [v for line in lines for v in line[1:] if not math.isnan(v)]
     low, high = min([0.0, *known]), max([0.0, *known])
     low, high = low - 0.03 * (high - low or 1), high + 0.03 * (high - low or 1)
     top, bottom = 8, 8 + _LINE * len(lines)
+    labels = [line.label if len(line.label) <= 32 else f"{line.label[:31]}…" for line in lines]
+    left = min(_LEFT, 16 + 7 * max(map(len, labels), default=0))
 
     def place(value: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - low) / (high - low)
+        return left + (_WIDTH - left - _RIGHT) * (value - low) / (high - low)
 
     parts = [_line(place(t), top, place(t), bottom, "grid") for t in ticks(low, high)]
     parts += [_text(place(t), bottom + 15, f"{t:g}", "middle", "tick") for t in ticks(low, high)]
     parts.append(_line(place(0), top, place(0), bottom, "zero"))
     parts.append(_text(_WIDTH - _RIGHT, bottom + 32, f"{axis}; 0 is {zero}", "end", "tick"))
-    for i, line in enumerate(lines):
+    for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
         y = top + _LINE * (i + 0.5)
-        label = line.label if len(line.label) <= 32 else f"{line.label[:31]}…"
-        parts.append(_text(_LEFT - 8, y + 4, label, "end"))
+        parts.append(_text(left - 8, y + 4, label, "end"))
         if not math.isnan(line.low):
             parts.append(_line(place(line.low), y, place(line.high), y, "bar s0"))
         if not math.isnan(line.value):
@@ -108,9 +120,11 @@ def curves(
     series: Sequence[tuple[str, Sequence[Point]]],
     *,
     log: bool = False,
+    least: float = 1.0,
     labels: Sequence[str] = (),
     join: bool = True,
     zero: bool = False,
+    origin: bool = False,
 ) -> Markup:
     """Return points of several series, joined in their order.
 
@@ -119,14 +133,17 @@ def curves(
         title: What it shows.
         axes: What is along x and y.
         series: Name and points of each, at most `MOST_SERIES`.
-        log: Whether x is logarithmic; what is below 1 stands at 1.
+        log: Whether x is logarithmic.
+        least: What is below it on a logarithmic axis stands there.
         labels: Names of x = 0, 1, ... instead of numbers.
         join: Whether points are joined.
         zero: Whether y = 0 is in sight, with a line.
+        origin: Whether x = 0 is in sight; not of a logarithmic axis.
     """
     points = [p for _, own in series for p in own]
-    xs = [math.log10(max(p.x, 1.0)) if log else p.x for p in points] or [0.0]
+    xs = [math.log10(max(p.x, least)) if log else p.x for p in points] or [0.0]
     ys = [v for p in points for v in (p.y, p.low, p.high) if not math.isnan(v)] + ([0.0] if zero else [])
+    xs += [0.0] if origin else []
     x0, x1, y0, y1 = min(xs), max(xs), min(ys or [0.0]), max(ys or [1.0])
     x0, x1 = x0 - 0.04 * (x1 - x0 or 1), x1 + 0.04 * (x1 - x0 or 1)
     y0, y1 = y0 - 0.06 * (y1 - y0 or 1), y1 + 0.06 * (y1 - y0 or 1)
@@ -135,7 +152,7 @@ def curves(
     left, right, top, bottom = 70, width - _RIGHT, 12, 272
 
     def across(x: float) -> float:
-        return left + (right - left) * ((math.log10(max(x, 1.0)) if log else x) - x0) / (x1 - x0)
+        return left + (right - left) * ((math.log10(max(x, least)) if log else x) - x0) / (x1 - x0)
 
     def up(y: float) -> float:
         return bottom - (bottom - top) * (y - y0) / (y1 - y0)
@@ -152,7 +169,7 @@ def curves(
                 f'transform="rotate(-60 {x:.1f} {y:.1f})">{escape(label)}</text>'
             )
     else:
-        marks = [10.0**t for t in range(math.ceil(x0), math.floor(x1) + 1)] if log else ticks(x0, x1)
+        marks = log_ticks(x0, x1) if log else ticks(x0, x1)
         parts += [_text(across(t), bottom + 16, f"{t:g}", "middle", "tick") for t in marks]
         parts += [_line(across(t), bottom, across(t), bottom + 4, "zero") for t in marks]
     parts.append(_line(left, bottom, right, bottom, "zero"))
@@ -165,6 +182,8 @@ def curves(
         for p in own:
             if not math.isnan(p.low):
                 parts.append(_line(across(p.x), up(p.low), across(p.x), up(p.high), f"bar s{i}"))
+            if not p.mark:
+                continue
             parts.append(f"<g><title>{escape(p.label)}</title>{_mark(across(p.x), up(p.y), i)}</g>")
     height = bottom + slanted + 42
     for i, (label, _) in enumerate(series):
@@ -172,7 +191,7 @@ def curves(
         parts += [_mark(at + 6, below - 4, i), _text(at + 18, below, label if len(label) <= 48 else f"{label[:47]}…")]
     tall = height + 18 * math.ceil(len(series) / 2) + 4
     words = " ".join(
-        f"{label}: " + ", ".join(f"{p.label or format(p.x, 'g')} {p.y:.3g}" for p in own[:40]) + "."
+        f"{label}: " + ", ".join(f"{p.label or format(p.x, 'g')} {p.y:.3g}" for p in own[:40] if p.mark) + "."
         for label, own in series
     )
     return _svg(name, width, tall, title, words, parts)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leakbench.schema import BENCHMARK_VERSION, arrow_schema
+from leakbench.site.citing import bibtex_of
 from leakbench.site.data import Data
 from leakbench.site.loading import everything
 
@@ -28,7 +29,7 @@ def write_rows(data: Data, path: Path) -> Path:
 
 
 def bibtex(data: Data) -> str:
-    """Return how to cite the benchmark at its version, and every entry's own reference as a note."""
+    """Return how to cite the benchmark at its version, and the works that entries with rows name."""
     year, month, _ = data.date.split("-")
     lines = [
         f"@misc{{leakbench_{BENCHMARK_VERSION.replace('.', '_')},",
@@ -39,4 +40,5 @@ def bibtex(data: Data) -> str:
         f"  note   = {{Benchmark version {BENCHMARK_VERSION}, rows up to {data.date}}},",
         "}",
     ]
-    return "\n".join(lines) + "\n"
+    told = [(kind, name, str(text.get("reference", ""))) for (kind, name), text in sorted(data.descriptions.items())]
+    return "\n".join(["\n".join(lines) + "\n", *filter(None, (bibtex_of(*entry) for entry in told))])

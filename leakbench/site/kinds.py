@@ -16,6 +16,7 @@ from leakbench.site.pages import (
     gallery,
     heatmap,
     localization,
+    measured,
     reproductions,
     start,
     tasks,
@@ -34,6 +35,7 @@ KINDS: tuple[Callable[[Data], Iterator[Page | Asset]], ...] = (
     entries.pages,
     tasks.pages,
     cells.pages,
+    measured.pages,
     versions.pages,
     download.pages,
 )

@@ -44,6 +44,18 @@ class Column(NamedTuple):
     note: str = ""
 
 
+class Chart(NamedTuple):
+    """A picture above a table.
+
+    Args:
+        svg: What `leakbench.site.charts` drew.
+        caption: What it shows and how it is read.
+    """
+
+    svg: str
+    caption: str
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of a table; the first value is its heading.
@@ -71,7 +83,7 @@ class Table:
         notes: What readers have to know.
         compare: Whether lines can be put side by side.
         pairs: Of compared lines, by key of both: difference with its interval, as text.
-        chart: SVG shown above it.
+        charts: Pictures above it.
     """
 
     id: str
@@ -81,7 +93,7 @@ class Table:
     notes: Sequence[str] = ()
     compare: bool = False
     pairs: dict[str, str] = field(default_factory=dict)
-    chart: str = ""
+    charts: Sequence[Chart] = ()
 
 
 def digits(value: Any, places: int) -> str:

@@ -201,7 +201,7 @@ def test_layers_stand_in_their_order_with_a_chart_that_says_what_it_shows():
     (table,) = page.context["tables"]
     assert [line.values[0].text for line in table.lines] == ["fc.weight", "conv.weight"]
     assert table.lines[0].values[2].text == "0.800"
-    assert "fc.weight 0.8, conv.weight 0.2" in table.chart
+    assert "fc.weight 0.8, conv.weight 0.2" in table.charts[0].svg
 
 
 def test_privacy_stands_against_the_accuracy_it_costs():
@@ -214,7 +214,7 @@ def test_privacy_stands_against_the_accuracy_it_costs():
     lines = [common | numbers | own | {"privacy": p, "drop": d} for p, d in ((0.5, 1.0), (0.9, 7.0), (np.nan, 1.0))]
     (table,) = defenses.against_cost(pd.DataFrame(lines))
     assert [line.values[1].text for line in table.lines] == ["0.50", "0.90"]
-    assert "topk: topk(p=0.9) 0.5, topk(p=0.9) 0.9" in table.chart
+    assert "topk: topk(p=0.9) 0.5, topk(p=0.9) 0.9" in table.charts[0].svg
     assert list(defenses.against_cost(pd.DataFrame(lines[2:]))) == []
 
 

@@ -13,7 +13,8 @@ from leakbench.metrics import headline
 from leakbench.site.charts import Interval, forest
 from leakbench.site.data import LANE_TITLES, Data, attack_page, cell_page, slug, task_page
 from leakbench.site.page import Page
-from leakbench.site.table import Column, Line, Table, Value, digits, interval, number, places, rank, whole
+from leakbench.site.profiles import profile
+from leakbench.site.table import Chart, Column, Line, Table, Value, digits, interval, number, places, rank, whole
 
 
 class Board(NamedTuple):
@@ -67,11 +68,14 @@ BOARDS = (
 )
 """Every board of attacks."""
 
+DRAWN = 16
+"""Most attacks of a chart of edges."""
+
 
 def pages(data: Data) -> Iterator[Page]:
     """Yield one page per board."""
     for board in BOARDS:
-        tables = [lane_table(found, f"lane-{i}") for i, found in enumerate(of_board(data, board))]
+        tables = [lane_table(data, found, f"lane-{i}") for i, found in enumerate(of_board(data, board))]
         listed = _tasks(data, board)
         context = {
             "intro": [board.text],
@@ -103,8 +107,8 @@ def lane_title(line: Any) -> str:
     return f"{lane}, {line['target']}, stage {line['stage']}{demonstration}, season {line['season']}"
 
 
-def lane_table(found: LaneTable, name: str, most: int | None = None) -> Table:
-    """Return the table of a lane; with ``most``, only its first lines, without a chart and comparison."""
+def lane_table(data: Data, found: LaneTable, name: str, most: int | None = None) -> Table:
+    """Return the table of a lane; with ``most``, only its first lines, without charts and comparison."""
     first = found.lines[0]
     target = str(first["target"])
     decimals, spec = places(target), headline(target)
@@ -149,14 +153,19 @@ def lane_table(found: LaneTable, name: str, most: int | None = None) -> Table:
     if most is not None:
         return Table(name, lane_title(first), columns, lines, notes[:1])
     ran = [line for line in found.lines if pd.notna(line["rank_group"])]
-    chart = forest(
+    unit = "gain over the floor, dB" if gain else "advantage over chance"
+    edges = forest(
         f"{name}-chart",
         f"{lane_title(first)}: edge of every attack",
-        "gain over the floor, dB" if gain else "advantage over chance",
-        [Interval(line["attack_label"], line["edge"], line["edge_low"], line["edge_high"]) for line in ran[:16]],
+        unit,
+        [Interval(line["attack_label"], line["edge"], line["edge_low"], line["edge_high"]) for line in ran[:DRAWN]],
         "the floor" if gain else "chance",
     )
-    return Table(name, lane_title(first), columns, lines, notes, True, _pairs(found, ran, decimals), chart)
+    most_drawn = f"The {DRAWN} first attacks" if len(ran) > DRAWN else "Every attack"
+    charts = [Chart(edges, f"{most_drawn}: mean edge over all tasks with its 95% interval.")] if ran else []
+    if ran and (profiles := profile(name, data.board, ran, "dB" if gain else "in edge")):
+        charts.append(profiles)
+    return Table(name, lane_title(first), columns, lines, notes, True, _pairs(found, ran, decimals), charts)
 
 
 def _key(line: Any) -> str:
@@ -197,7 +206,7 @@ def _tasks(data: Data, board: Board) -> Table:
         lines.append(
             Line(
                 [
-                    Value(first["task"], href=page),
+                    Value(first["task"], href=page, style="wide"),
                     Value("–" if pd.isna(first["lane"]) else first["lane"]),
                     Value(first["dataset"]),
                     Value(first["architecture"]),

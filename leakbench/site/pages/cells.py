@@ -14,6 +14,7 @@ from leakbench.board.columns import Cell
 from leakbench.board.lanes import EXACT
 from leakbench.site.data import Data, attack_page, cell_page, defense_page, short_label, task_page
 from leakbench.site.page import Page
+from leakbench.stage import IN_TRAINING
 
 PROVENANCE = (
     *("suite", "leakbench_version", "git_sha", "git_dirty", "code_sha256", "attack_source_sha256"),
@@ -36,7 +37,7 @@ def pages(data: Data) -> Iterator[Page]:
     """Yield a page per cell of the board."""
     jobs, evaluations = data.rows["job_id"], data.rows["model_evaluations"]
     firsts = data.rows.iloc[[int(cell.places[0]) for cell in data.cell.values()]]
-    provenance = dict(zip(data.cell, firsts[list(PROVENANCE)].astype(object).to_dict("records"), strict=True))
+    provenance = dict(zip(data.cell, firsts[[*PROVENANCE, "stage"]].astype(object).to_dict("records"), strict=True))
     known = data.board.set_index("id")
     by_id = known[["attack_label", "defense_label", "mean", "ci_low", "ci_high", "reference"]].to_dict("index")
     for name, cell in data.cell.items():
@@ -49,6 +50,7 @@ def pages(data: Data) -> Iterator[Page]:
         own = jobs.iloc[cell.places].to_numpy(object)
         run = ["leakbench", "run", str(first["suite"]) or "SUITE", "--attack", labels[0]]
         run += [] if cell.keys["defense"] == "none" else ["--defense", labels[1]]
+        run += ["--in-training", "RUN"] if first["stage"] == IN_TRAINING else []
         context = {
             "line": line,
             "links": {

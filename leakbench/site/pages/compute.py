@@ -12,7 +12,7 @@ from leakbench.site.charts import MOST_SERIES, Point, curves
 from leakbench.site.data import Data, attack_page, slug
 from leakbench.site.page import Page
 from leakbench.site.pages.boards import lane_anchor, lane_title
-from leakbench.site.table import Column, Line, Table, Value, interval, places
+from leakbench.site.table import Chart, Column, Line, Table, Value, interval, places
 
 
 def pages(data: Data) -> Iterator[Page]:
@@ -45,7 +45,8 @@ _KEYS = ("attack", "attack_params", "lane", "target", "stage", "season")
 def _table(lines: list[dict[str, Any]], costs: dict[tuple[str, ...], tuple[float, float]], name: str) -> Table:
     first = lines[0]
     target = str(first["target"])
-    shown, series = [], dict[str, list[Point]]()
+    shown: list[Line] = []
+    by_cost: dict[str, dict[str, list[Point]]] = {"evaluations": {}, "seconds": {}}
     for line in lines:
         evaluations, seconds = costs.get(tuple(str(line[key]) for key in _KEYS), (math.nan, math.nan))
         if pd.isna(line["edge"]):
@@ -58,31 +59,42 @@ def _table(lines: list[dict[str, Any]], costs: dict[tuple[str, ...], tuple[float
             Value("–" if math.isnan(seconds) else f"{seconds:.3g}", seconds, behind),
         ]
         shown.append(Line(values, slug(line["attack_label"])))
-        if not math.isnan(evaluations):
-            point = Point(evaluations, line["edge"], line["edge_low"], line["edge_high"], line["attack_label"])
-            series.setdefault(line["attack"], []).append(point)
+        for kind, cost in (("evaluations", evaluations), ("seconds", seconds)):
+            if not math.isnan(cost):
+                point = Point(cost, line["edge"], line["edge_low"], line["edge_high"], line["attack_label"])
+                by_cost[kind].setdefault(line["attack"], []).append(point)
+    unit = "gain over the floor, dB" if target == "inputs" else "advantage over chance"
+    # Attacks that read labels off the update need no gradients: what they cost is time.
+    kind = "evaluations" if any(p.x > 0 for own in by_cost["evaluations"].values() for p in own) else "seconds"
+    series = by_cost[kind]
     best = sorted(series.items(), key=lambda item: -max(p.y for p in item[1]))[:MOST_SERIES]
     drawn = [(key, sorted(points)) for key, points in best]
-    unit = "gain over the floor, dB" if target == "inputs" else "advantage over chance"
-    positive = any(p.x > 0 for _, points in drawn for p in points)
-    chart = (
-        curves(
+    charts = []
+    if drawn:
+        axis, text = _AXES[kind]
+        svg = curves(
             f"{name}-chart",
-            f"{lane_title(first)}: edge against gradient evaluations",
-            ("gradient evaluations per trial" + (", logarithmic, none at 1" if positive else ""), unit),
+            f"{lane_title(first)}: edge against {text}",
+            (axis, unit),
             drawn,
-            log=positive,
+            log=True,
+            least=1.0 if kind == "evaluations" else min([p.x for _, own in drawn for p in own if p.x > 0], default=1.0),
             zero=True,
         )
-        if drawn
-        else ""
-    )
+        left = len(series) - len(drawn)
+        more = f" The {MOST_SERIES} best attacks; {left} more are in the table." if left else ""
+        charts.append(Chart(svg, f"Edge against {text}, with its 95% interval: further up and left is better.{more}"))
     columns = [
         Column("attack"),
         Column("edge", True, note=f"{unit}, [95%]"),
         Column("evaluations", True, note="gradients per trial"),
         Column("seconds", True, note="per trial"),
     ]
-    left = len(series) - len(drawn)
-    notes = [f"The chart shows the {MOST_SERIES} best attacks; {left} more are in the table."] if left else []
-    return Table(name, lane_title(first), columns, shown, notes, compare=True, chart=str(chart) and chart)
+    return Table(name, lane_title(first), columns, shown, compare=True, charts=charts)
+
+
+_AXES = {
+    "evaluations": ("gradient evaluations per trial, logarithmic, none at 1", "gradient evaluations"),
+    "seconds": ("seconds per trial, logarithmic", "seconds, since no attack here evaluates gradients"),
+}
+"""What is along x, and in words."""

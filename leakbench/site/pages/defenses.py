@@ -6,7 +6,7 @@ from data to tables, listed in `TABLES`: a new one is a new entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import pandas as pd
 
@@ -14,11 +14,10 @@ from leakbench.board.defenses import defenses
 from leakbench.board.pareto import chosen
 from leakbench.board.score import group_ids
 from leakbench.errors import UserError
-from leakbench.results import holds_utility
 from leakbench.site.charts import MOST_SERIES, Point, curves
 from leakbench.site.data import Data, cell_page, defense_page, slug, task_page
 from leakbench.site.page import Page
-from leakbench.site.table import Column, Line, Table, Value, interval, number, places, whole
+from leakbench.site.table import Chart, Column, Line, Table, Value, interval, number, places, whole
 
 
 def worst_case(data: Data) -> Iterator[Table]:
@@ -39,7 +38,7 @@ def worst_case(data: Data) -> Iterator[Table]:
             why = "" if pd.isna(line["unranked_because"]) else str(line["unranked_because"])
             values = [
                 Value(line["defense_label"], href=defense_page(line["defense"])),
-                Value(line["task"], href=task_page(line["task"], line["task_hash"])),
+                Value(line["task"], href=task_page(line["task"], line["task_hash"]), style="wide"),
                 Value(line["dataset"]),
                 number(line["privacy"], 2, here),
                 interval(line["worst"], line["ci_low"], line["ci_high"], places(target), here),
@@ -47,7 +46,7 @@ def worst_case(data: Data) -> Iterator[Table]:
                 number(line["undefended"], places(target), task_page(line["task"], line["task_hash"])),
                 Value("–" if pd.isna(line["worst_attack"]) else line["worst_attack"], href=here),
                 whole(line["attacks"], here),
-                Value(why if len(why) <= 90 else f"{why[:89]}…"),
+                Value(why if len(why) <= 90 else f"{why[:89]}…", style="wide"),
             ]
             lines.append(Line(values, slug(f"{line['defense_label']} {line['task_hash'][:8]}")))
         columns = [
@@ -68,18 +67,18 @@ def worst_case(data: Data) -> Iterator[Table]:
 
 def privacy_utility(data: Data) -> Iterator[Table]:
     """Yield a table with its chart per lane, target and dataset on which defended federations were trained."""
-    trained = [folder for folder in data.folders if holds_utility(folder)]
-    if trained:
+    if data.trained is not None:
         from leakbench.board.defense_view import read
 
-        yield from against_cost(read(trained)["settings"])
+        yield from against_cost(read(data.folders)["settings"], set(data.trained["defense_label"]))
 
 
-def against_cost(settings: pd.DataFrame) -> Iterator[Table]:
+def against_cost(settings: pd.DataFrame, trained: Collection[str] = ()) -> Iterator[Table]:
     """Yield privacy against lost accuracy.
 
     Args:
         settings: What `leakbench.board.curves.settings_frame` returns.
+        trained: Labels of the defenses whose pages list their trainings.
     """
     try:
         drawn = chosen(settings)
@@ -101,18 +100,24 @@ def against_cost(settings: pd.DataFrame) -> Iterator[Table]:
             for _, own in part.groupby("line", sort=True)
         ]
         name = f"cost-{place}"
-        chart = curves(f"{name}-chart", title, ("points of accuracy lost", "privacy"), series[:MOST_SERIES], zero=True)
+        axes = ("points of accuracy lost", "privacy")
+        svg = curves(f"{name}-chart", title, axes, series[:MOST_SERIES], zero=True, origin=True)
+        left = [label for label, _ in series[MOST_SERIES:]]
+        text = "Privacy with its 95% interval against the accuracy that it costs: further up and left is better. "
+        text += "Strengths of one defense are joined."
+        text += f" Only in the table: {', '.join(left)}." if left else ""
         lines = []
         for line in part.to_dict("records"):
-            here = f"{defense_page(line['defense'])}"
+            here = defense_page(line["defense"])
+            accuracy = f"{here}#{TRAININGS}" if line["defense_label"] in trained else None
             values = [
                 Value(line["defense_label"], href=here),
                 interval(line["privacy"], line["privacy_low"], line["privacy_high"], 2, here),
-                interval(line["drop"], line["drop_low"], line["drop_high"], 2),
+                interval(line["drop"], line["drop_low"], line["drop_high"], 2, accuracy),
                 number(line["worst_task_privacy"], 2, here),
                 Value("–" if pd.isna(line["worst_attack"]) else str(line["worst_attack"])),
                 whole(line["tasks"], here),
-                Value("" if pd.isna(line["unranked_because"]) else str(line["unranked_because"])),
+                Value("" if pd.isna(line["unranked_because"]) else str(line["unranked_because"]), style="wide"),
             ]
             lines.append(Line(values, slug(str(line["defense_label"]))))
         columns = [
@@ -121,7 +126,11 @@ def against_cost(settings: pd.DataFrame) -> Iterator[Table]:
             Column("worst task", True, note="privacy there"), Column("worst attack there"), Column("tasks", True),
             Column("not ranked because"),
         ]  # fmt: skip
-        yield Table(name, title, columns, lines, compare=True, chart=chart)
+        yield Table(name, title, columns, lines, compare=True, charts=[Chart(svg, text)])
+
+
+TRAININGS = "trainings"
+"""Where on a defense's page its federated trainings are."""
 
 
 TABLES: tuple[Callable[[Data], Iterator[Table]], ...] = (privacy_utility, worst_case)

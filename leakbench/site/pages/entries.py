@@ -9,11 +9,13 @@ import pandas as pd
 
 from leakbench.board.columns import DEMONSTRATION_DATASETS
 from leakbench.board.score import group_ids
+from leakbench.site.citing import bibtex_of
 from leakbench.site.data import Data, attack_page, defense_page, slug
 from leakbench.site.page import Page
 from leakbench.site.pages.boards import lane_anchor, lane_title
+from leakbench.site.pages.defenses import TRAININGS
 from leakbench.site.pages.tasks import cell_table
-from leakbench.site.table import Column, Line, Table, Value, whole
+from leakbench.site.table import Column, Line, Table, Value, number, whole
 from leakbench.sources import Kind
 
 _SHOWN = ("version", "needs", "recovers", "reads", "inserts", "acts_on", "strength", "draws", "adaptive", "params")
@@ -61,12 +63,16 @@ def _context(data: Data, kind: Kind, name: str, cells: pd.DataFrame) -> dict[str
         if hashes and told["source_sha256"] not in hashes:
             intro.append("The source at hand is newer than that of the rows: what it says of itself may differ.")
     code = _code(data, kind, name) if told else None
-    tables = [*_by_lane(cells), *_defended(cells)] if kind == "attack" else [*_of_defense(cells)]
+    if kind == "attack":
+        tables = [*_by_lane(cells), *_defended(cells)]
+    else:
+        tables = [*_of_defense(cells), *_trainings(data, name)]
     return {
         "kicker": kind,
         "intro": intro,
         "text": text,
         "reference": reference,
+        "bibtex": bibtex_of(kind, name, reference),
         "code": code,
         "facts": facts,
         "tables": tables,
@@ -117,3 +123,30 @@ def _of_defense(cells: pd.DataFrame) -> Iterator[Table]:
     for (label, target), part in cells.groupby(["defense_label", "target"], sort=True):
         caption = f"Every attack on {label}: {target}" if label != "none" else f"Every attack, undefended: {target}"
         yield cell_table(part, slug(f"{label}-{target}"), by="both", caption=caption)
+
+
+def _trainings(data: Data, name: str) -> Iterator[Table]:
+    """Yield the federated trainings with a defense, at the learning rate that it chose."""
+    if data.trained is None or not (own := data.trained[data.trained["defense"] == name]).size:
+        return
+    lines = []
+    for line in own.sort_values(["defense_label", "dataset", "partition", "seed"]).to_dict("records"):
+        command = f"leakbench utility {line['suite'] or 'SUITE'}"
+        values = [
+            Value(line["defense_label"]), Value(line["dataset"]), Value(line["architecture"]), Value(line["partition"]),
+            whole(line["seed"]), Value(f"{line['lr']:g}", line["lr"]), Value(line["status"]),
+            number(100 * line["accuracy"], 1), number(line["drop"], 2), number(line["client_time_ratio"], 2),
+            number(line["upload_ratio"], 3), Value(line["job_id"][:16]), Value(command, style="wide"),
+            Value(str(line["error"] or line["utility_note"] or "")),
+        ]  # fmt: skip
+        lines.append(Line(values, line["job_id"]))
+    columns = [
+        Column("defense", choose=True), Column("dataset", choose=True), Column("net", choose=True),
+        Column("partition", choose=True), Column("seed", True), Column("learning rate", True, note="chosen"),
+        Column("status", choose=True), Column("accuracy", True, note="%, higher is better"),
+        Column("accuracy lost", True, note="points, against the same seed undefended"),
+        Column("client time", True, note="times undefended"), Column("upload", True, note="times undefended"),
+        Column("job"), Column("made by"), Column("note"),
+    ]  # fmt: skip
+    caption = "Federated trainings from scratch with it, one line per seed"
+    yield Table(TRAININGS, caption, columns, lines, compare=True)

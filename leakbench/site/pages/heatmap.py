@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from leakbench.site.data import Data, attack_page, defense_page, slug
+from leakbench.site.data import Data, attack_page, slug
 from leakbench.site.page import Page
 from leakbench.site.pages.entries import defended_anchor
 from leakbench.site.table import Column, Line, Table, Value
@@ -20,24 +20,36 @@ def pages(data: Data) -> Iterator[Page]:
     """Yield the heat map."""
     tables = list(_tables(data.board))
     intro = [
-        "Every place is a mean over the tasks on which both were run, of the share of the way from chance (0) to "
-        "everything (1); for images, of the gain over the floor in dB. Darker leaks more. A dash: never run together."
+        "Every place is a mean over the tasks on which the attack was run without a defense, too, of the share of the "
+        "way from chance (0) to everything (1); for images, of the gain over the floor in dB. Darker leaks more. A "
+        "dash: never run together."
     ]
     context = {"intro": intro, "tables": tables, "empty": "No rows of defended updates yet."}
     yield Page("heatmap.html", "Attacks against defenses", "heatmap.html", context)
 
 
+def _paired(part: pd.DataFrame) -> pd.DataFrame:
+    """Return cells without those of an attack on tasks on which it was not run undefended, if it was on others."""
+    bare = part[part["defense"] == "none"]
+    tasks = set(zip(bare["attack_label"], bare["task_hash"], strict=True))
+    known = [pair in tasks for pair in zip(part["attack_label"], part["task_hash"], strict=True)]
+    return part[pd.Series(known, index=part.index) | ~part["attack_label"].isin(bare["attack_label"])]
+
+
 def _tables(board: pd.DataFrame) -> Iterator[Table]:
     board = board[board["n"] > 0]
-    for target, part in board.groupby("target", sort=True):
+    # Of one stage and season only: means over tasks of unlike stages would compare stages and not defenses.
+    for (target, season, stage), part in board.groupby(["target", "season", "stage"], sort=True, observed=True):
         if part["defense"].nunique() < 2:
             continue
-        edge = part["gain" if target == "inputs" else "advantage"]
-        means = part.assign(edge=edge).groupby(["attack_label", "defense_label"])["edge"].mean().unstack()
+        part = _paired(part).assign(edge=part["gain" if target == "inputs" else "advantage"])
+        groups = part.groupby(["attack_label", "defense_label"])
+        means, counts = groups["edge"].mean().unstack(), groups["task_hash"].nunique().unstack()
         names = {kind: part.groupby(f"{kind}_label")[kind].first() for kind in ("attack", "defense")}
         order = means.max(axis=1).sort_values(ascending=False, kind="stable").index
         defenses = sorted(means.columns, key=lambda label: (names["defense"][label] != "none", label))
         top = float(np.nanmax(means.to_numpy())) or 1.0
+        most = int(counts.max().max())
         lines = []
         for attack in order:
             values = [Value(attack, href=attack_page(names["attack"][attack]))]
@@ -49,10 +61,12 @@ def _tables(board: pd.DataFrame) -> Iterator[Table]:
                     continue
                 shade = int(np.clip(round(SHADES * value / top), 0, SHADES)) if top > 0 else 0
                 page = f"{attack_page(names['attack'][attack])}{anchor}"
-                values.append(Value(f"{value:z.{1 if target == 'inputs' else 2}f}", float(value), page, f"h{shade}"))
+                text, tasks = f"{value:z.{1 if target == 'inputs' else 2}f}", int(counts.loc[attack, defense])
+                extra = "" if tasks == most else f"({tasks})"
+                values.append(Value(text, float(value), page, f"h{shade}", extra))
             lines.append(Line(values, slug(attack)))
         columns = [Column("attack"), *(Column("none" if d == "none" else d, True) for d in defenses)]
-        links = {str(d): defense_page(names["defense"][d]) for d in defenses}
-        notes = ["Columns are defenses: " + ", ".join(links)] if len(links) > 12 else []
+        notes = [f"Means over {most} tasks; of fewer where a number is in brackets." if most > 1 else "One task."]
         unit = "gain, dB" if target == "inputs" else "advantage"
-        yield Table(f"heat-{target}", f"{target}: {unit}", columns, lines, notes, compare=False)
+        caption = f"{target}, stage {stage}: {unit} (season {season})"
+        yield Table(slug(f"heat-{target}-{season}-{stage}"), caption, columns, lines, notes)

@@ -11,9 +11,10 @@ from leakbench.board.profile import MOST_LINES, PANELS, chosen
 from leakbench.board.score import group_ids
 from leakbench.errors import UserError
 from leakbench.site.charts import Point, curves
-from leakbench.site.data import Data, slug, task_page
+from leakbench.site.data import Data, slug
 from leakbench.site.page import Page
-from leakbench.site.table import Column, Line, Table, Value, interval, whole
+from leakbench.site.pages.measured import behind, measured_page
+from leakbench.site.table import Chart, Column, Line, Table, Value, interval, whole
 
 KINDS = {"lower_bound": "lower bound", "proxy": "proxy", "proved_bound": "proved bound"}
 """Kinds in words; they never share a table."""
@@ -61,27 +62,31 @@ def _profiles(data: Data) -> Iterator[Table]:
             series.append((name, points))
         label = panel.label.replace("\n", " ")
         title = f"{net}: {label} ({panel.information} information, {KINDS[panel.kind]})"
-        chart = curves(
+        svg = curves(
             f"profile-{number}", title, ("layers from input to output", label), series, labels=list(place),
             zero=panel.neutral == 0,
         )  # fmt: skip
-        yield _layer_table(own, f"layers-{number}", title, chart)
+        neutral = "" if panel.neutral is None else f" Nothing leaks at {panel.neutral:g}."
+        share = " Every line sums to 1." if panel.share else ""
+        more = "" if len(names) == own["series"].nunique() else f" The first {MOST_LINES} tasks; the table has all."
+        text = f"{label.capitalize()}, layer by layer, with 95% intervals.{neutral}{share}{more}"
+        yield _layer_table(own, f"layers-{number}", title, Chart(svg, text))
 
 
-def _layer_table(own: pd.DataFrame, name: str, title: str, chart: str) -> Table:
+def _layer_table(own: pd.DataFrame, name: str, title: str, chart: Chart) -> Table:
     lines = []
     for line in own.sort_values(["series", "depth"]).to_dict("records"):
-        page = task_page(line["task"], line["task_hash"])
+        here = behind(line)
         lines.append(
             Line(
                 [
                     Value(line["layer"], float(line["depth"])),
                     Value(line["series"]),
-                    interval(line["value"], line["low"], line["high"], 3),
-                    whole(line["n"]),
-                    Value(line["task"]),
+                    interval(line["value"], line["low"], line["high"], 3, here),
+                    whole(line["n"], here),
+                    Value(line["task"], style="wide"),
                 ],
-                slug(f"{line['layer']} {line['series']} {page[-20:]}"),
+                slug(f"{line['layer']} {line['series']} {measured_page(line)[-20:]}"),
             )
         )
     columns = [
@@ -91,7 +96,7 @@ def _layer_table(own: pd.DataFrame, name: str, title: str, chart: str) -> Table:
         Column("n", True),
         Column("task"),
     ]
-    return Table(name, title, columns, lines, compare=True, chart=chart)
+    return Table(name, title, columns, lines, compare=True, charts=[chart])
 
 
 def _tables(data: Data) -> Iterator[Table]:
@@ -106,9 +111,9 @@ def _tables(data: Data) -> Iterator[Table]:
                 Value(line["quantity"]),
                 Value(line["net"]),
                 Value(label),
-                interval(line["value"], line["low"], line["high"], 3),
+                interval(line["value"], line["low"], line["high"], 3, behind(line)),
                 Value(str(line["unit"])),
-                whole(line["n"]),
+                whole(line["n"], behind(line)),
                 Value(f"{line['measure_label']} v{line['measure_version']}"),
             ]
             lines.append(Line(values, slug(f"{line['quantity']} {line['net']} {label} {line['measure_label']}")))

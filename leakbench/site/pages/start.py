@@ -22,7 +22,7 @@ def pages(data: Data) -> Iterator[Page]:
     for board in BOARDS:
         found = of_board(data, board)[:left]
         left -= len(found)
-        tables = [lane_table(table, f"{board.short.lower()}-{i}", FIRST) for i, table in enumerate(found)]
+        tables = [lane_table(data, table, f"{board.short.lower()}-{i}", FIRST) for i, table in enumerate(found)]
         boards.append({"path": board.path, "title": board.title, "text": board.text, "tables": tables})
     counts = {
         "rows": len(data.rows),

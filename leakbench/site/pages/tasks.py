@@ -81,7 +81,10 @@ def cell_table(part: pd.DataFrame, name: str, *, by: str, caption: str | None = 
         values = [
             *([Value(line["attack_label"], href=attack_page(line["attack"]))] if by != "task" else []),
             *(
-                [Value(line["task"], href=task_page(line["task"], line["task_hash"])), Value(line["dataset"])]
+                [
+                    Value(line["task"], href=task_page(line["task"], line["task_hash"]), style="wide"),
+                    Value(line["dataset"]),
+                ]
                 if by != "attack"
                 else []
             ),
