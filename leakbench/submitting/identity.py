@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
 from typing import Any, Literal
@@ -15,7 +15,6 @@ from leakbench.grids import Budget
 from leakbench.parts import content_hash
 from leakbench.schema import DEFENDED, THREAT_COLUMNS, task_columns
 from leakbench.sources import Kind, find_source, sources
-from leakbench.stage import IN_TRAINING
 from leakbench.suites import read_suite, suite_paths
 from leakbench.tasks import Architecture, AttributeSpec, BatchSpec, Protocol, Task, ThreatModel
 
@@ -109,12 +108,22 @@ def _identified(part: Mapping[str, Any], kind: Kind, classes: Mapping[str, str])
         yield content | {"class_name": classes[part["source_sha256"]]}
 
 
-def explains_job_id(row: Row, classes: Mapping[str, str]) -> bool:
+def chains(row: Row, classes: Mapping[str, str]) -> list[list[dict[str, Any]]]:
+    """Return what a job id may cover of the defense of a row."""
+    return [
+        list(chain)
+        for parts in entry_parts(row, "defense")
+        for chain in product(*(list(_identified(part, "defense", classes)) for part in parts))
+    ]
+
+
+def explains_job_id(row: Row, classes: Mapping[str, str], kept: Iterable[tuple[str, ...]] = ((),)) -> bool:
     """Whether the job id is the hash of what the row says of its job.
 
     Args:
         row: The row, of an attack or of a measure.
         classes: Class names of entries that are given by path, by the hash of their source.
+        kept: Of stage ``in_training`` what the hashes of the files of its trials may be.
     """
     measuring = "measure" in row
     first = "measure" if measuring else "attack"
@@ -129,17 +138,13 @@ def explains_job_id(row: Row, classes: Mapping[str, str]) -> bool:
     }
     budgets = suite_budgets() if measuring else [(row["budget_wall_seconds"], row["budget_model_evaluations"])]
     attacks = [c for parts in entry_parts(row, first) for part in parts for c in _identified(part, "attack", classes)]
-    chains = [
-        list(chain)
-        for parts in entry_parts(row, "defense")
-        for chain in product(*(list(_identified(part, "defense", classes)) for part in parts))
-    ]
     return any(
         content_hash(
             {**fixed, "attack": attack, "defense": chain, "wall_seconds": seconds, "model_evaluations": evaluations}
+            | ({"kept": list(files)} if files else {})
         )
         == row["job_id"]
-        for attack, chain, (seconds, evaluations) in product(attacks, chains, budgets)
+        for attack, chain, (seconds, evaluations), files in product(attacks, chains(row, classes), budgets, kept)
     )
 
 
@@ -155,15 +160,14 @@ Doubt = Literal["forged", "file", "labels", "kept", "budget"]
 
 def doubt(row: Row) -> Doubt:
     """Return why a job id may differ from what the row says: ``forged`` where there is no innocent reason."""
-    if row["stage"] == IN_TRAINING:
-        return "kept"
     if "measure" in row:
         return "budget"
-    params = json.loads(row["attack_params"])
-    labels = params.get("labels") if isinstance(params, dict) else None
-    if str(labels).partition("(")[0].strip() in sources("attack"):
-        return "labels"
-    for kind in ("attack", "defense"):
+    if "attack" in row:
+        params = json.loads(row["attack_params"])
+        labels = params.get("labels") if isinstance(params, dict) else None
+        if str(labels).partition("(")[0].strip() in sources("attack"):
+            return "labels"
+    for kind in ("attack", "defense") if "attack" in row else ("defense",):
         names = [] if row[kind] == "none" else row[kind].split("+")
         hashes = (row[f"{kind}_source_sha256"] or "").split("+")
         known = sources(kind)

@@ -33,13 +33,14 @@ from leakbench.store import (
 )
 from leakbench.submitting.identity import (
     TASK_COLUMNS,
+    Doubt,
     class_names,
     doubt,
-    explains_job_id,
     task_of,
     wrong_task_columns,
 )
 from leakbench.submitting.seal import SEAL, SIGNATURE, broken_seal, signer_of
+from leakbench.submitting.trainings import AtHand, KeptUpdates, explains_training, job_doubt, wrong_training_values
 from leakbench.utility.rows import UTILITY_FIELDS
 
 MOST_BYTES = 64 << 20
@@ -64,7 +65,8 @@ _DOUBTS = {
 }
 _NOTED = {
     "labels": "job id not recomputed: the label attack that runs inside has other code now",
-    "kept": "job id not recomputed: it covers updates that were kept during training",
+    "kept": "job id not recomputed: it covers updates that were kept during training, which are not at hand; name the "
+    "folder of leakbench utility, too",
     "budget": "job id not recomputed: the budget of the suite is not a column of these rows",
 }
 
@@ -116,7 +118,7 @@ def verify(
         UserError: A folder is missing or holds no rows, or an entry cannot be described.
     """
     found = Verified()
-    classes = class_names(entries)
+    hand = AtHand(class_names(entries), KeptUpdates(folders))
     parts: list[pd.DataFrame] = []
     seen: dict[tuple[str, str, str], str] = {}
     for folder in folders:
@@ -127,7 +129,7 @@ def verify(
             raise UserError(f"no rows under {folder}; make some with: leakbench run quick --out {folder}")
         for store in there:
             for path in _files(store):
-                _file(path, store, found, classes, seen, parts)
+                _file(path, store, found, hand, seen, parts)
         if seals:
             _check_seals(folder, found, signers)
     if parts:
@@ -146,7 +148,7 @@ def _file(
     path: Path,
     store: Path,
     found: Verified,
-    classes: Mapping[str, str],
+    hand: AtHand,
     seen: dict[tuple[str, str, str], str],
     parts: list[pd.DataFrame],
 ) -> None:
@@ -168,7 +170,7 @@ def _file(
         return
     try:
         for job, table in read_jobs(jobs):
-            _rows(job, table, store, found, classes, seen, parts)
+            _rows(job, table, store, found, hand, seen, parts)
     except (OSError, pa.ArrowException) as error:
         found.problems.append(Problem(str(path), f"cannot be read: {' '.join(str(error).split())[:200]}"))
 
@@ -178,7 +180,7 @@ def _rows(
     table: pa.Table,
     store: Path,
     found: Verified,
-    classes: Mapping[str, str],
+    hand: AtHand,
     seen: dict[tuple[str, str, str], str],
     parts: list[pd.DataFrame],
 ) -> None:
@@ -193,7 +195,7 @@ def _rows(
         found.rows += len(rows)
         problems = [*_job(job, store, table, rows)]
         if not any("another version" in text for text in problems):
-            problems += _identity(rows[0], classes, found, where, fields)
+            problems += _identity(rows, hand, found, where, fields)
         key = (store.name if fields is not ROW_FIELDS else "", job.season, job.job_id)
         if key in seen:
             problems.append(f"duplicate: the rows of this job are in {seen[key]}, too")
@@ -243,6 +245,8 @@ def _job(job: JobFile, store: Path, table: pa.Table, rows: Sequence[Mapping[str,
     if first["season"] == DEVELOPMENT.name and first["season_commitment"] != DEVELOPMENT.commitment:
         yield "season 'development' with the commitment of another key"
     if measured:
+        if "measure" not in first:
+            yield from wrong_training_values(first)
         return
     trials, wanted = [row["trial"] for row in rows], list(range(first["block_start"], first["block_stop"]))
     if twice := [trial for trial, count in Counter(trials).items() if count > 1]:
@@ -272,31 +276,29 @@ def _values(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _identity(
-    row: Mapping[str, Any], classes: Mapping[str, str], found: Verified, where: str, fields: Sequence[Field]
+    rows: Sequence[Mapping[str, Any]], hand: AtHand, found: Verified, where: str, fields: Sequence[Field]
 ) -> Iterator[str]:
     """Yield what the hashes of a job's rows contradict; what cannot be told is noted."""
+    row = rows[0]
     if row["code_sha256"] != code_sha256():
         found.notes.append(Problem(where, "made by other code of leakbench than this (code_sha256)"))
-    if fields is UTILITY_FIELDS:
-        return
+    reason: Doubt | None = None
     try:
-        task = task_of(row)
+        if fields is UTILITY_FIELDS:
+            reason = None if explains_training(row, hand.classes) else doubt(row)
+        else:
+            task = task_of(row)
+            shown = [name for name in wrong_task_columns(row, task) if name in TASK_COLUMNS]
+            if shown:
+                yield f"forged: {', '.join(shown)} contradict the task in the other columns"
+            reason = job_doubt(rows, hand)
     except (ValueError, TypeError, KeyError) as error:
         yield f"forged: {error}"
         return
-    shown = [name for name in wrong_task_columns(row, task) if name in TASK_COLUMNS]
-    if shown:
-        yield f"forged: {', '.join(shown)} contradict the task in the other columns"
-    try:
-        explained = explains_job_id(row, classes)
-    except (ValueError, TypeError, KeyError):
-        explained = False
-    if not explained:
-        reason = doubt(row)
-        if reason in _NOTED:
-            found.notes.append(Problem(where, _NOTED[reason]))
-        else:
-            yield f"forged or unknown: job id {row['job_id'][:12]}... {_DOUBTS[reason]}"
+    if reason in _NOTED:
+        found.notes.append(Problem(where, _NOTED[reason]))
+    elif reason is not None:
+        yield f"forged or unknown: job id {row['job_id'][:12]}... {_DOUBTS[reason]}"
     for kind in ("attack", "defense") if fields is ROW_FIELDS else ("defense",):
         for text in _other_code(row, kind):
             found.notes.append(Problem(where, text))

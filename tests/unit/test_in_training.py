@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from forging import refused, rewrite
 
 from leakbench.board.curves import board
 from leakbench.data import load_dataset
@@ -570,7 +573,62 @@ def test_attacks_on_what_was_kept_are_paired_and_verified(cheat):
     assert len(shown) == 12
     for name in ("distinct_labels", "max_label_count"):
         assert shown[name].nunique(axis=1).eq(1).all()
-    assert verify([cheat.attrs["out"]], entries=[f"{EXPLOIT}:NoiseWhenAttacked"]).problems == []
+    found = verify([cheat.attrs["out"]], entries=[f"{EXPLOIT}:NoiseWhenAttacked"])
+    assert found.problems == []
+    assert not any("not recomputed" in note.text for note in found.notes)
+    (cheat.attrs["out"] / "utility" / "kept").rename(cheat.attrs["out"] / "elsewhere")
+    texts = [note.text for note in verify([cheat.attrs["out"]], entries=[f"{EXPLOIT}:NoiseWhenAttacked"]).notes]
+    (cheat.attrs["out"] / "elsewhere").rename(cheat.attrs["out"] / "utility" / "kept")
+    assert sum("not recomputed" in text for text in texts) == 2
+
+
+FORGED_TRAININGS = [
+    ({"lr": 0.25}, "is none of lr_grid"),
+    ({"lr": 0.25, "lr_grid": "[0.25]"}, "job id"),
+    ({"partition": "dirichlet(0.1)"}, "job id"),
+    ({"clients": 99}, "job id"),
+    ({"rounds": 1}, "job id"),
+    ({"batch_size": 3}, "job id"),
+    ({"holdout": 0.4}, "job id"),
+    ({"architecture_params": '{"width":99}'}, "job id"),
+    ({"precision": "none"}, "describe no training"),
+    ({"defense_params": '{"std":0.5}'}, "job id"),
+    ({"defense": "gaussian_noise", "defense_source_sha256": "a" * 64}, "job id"),
+    ({"threads": 7}, "job id"),
+    ({"seed": 1}, "is not the one trial"),
+    ({"accuracy": 0.999}, "is not the mean of the last evaluations"),
+    ({"accuracy": 1.999}, "is no share"),
+]
+
+
+def one_job(out, folder, to, **columns):
+    """Copy the first undefended job whose rows have these columns, without any other."""
+    columns |= {"defense": "none"}
+    paths = [*sorted((out / folder).rglob("*.parquet"))]
+    path = next(p for p in paths if pq.read_table(p, columns=[*columns]).to_pylist()[0] == columns)
+    place = to / path.relative_to(out)
+    place.parent.mkdir(parents=True)
+    shutil.copy(path, place)
+    assert refused(to) == []
+    return place
+
+
+@pytest.mark.parametrize(("values", "says"), FORGED_TRAININGS, ids=["-".join(f[0]) for f in FORGED_TRAININGS])
+def test_a_training_with_a_changed_setting_is_refused(cheat, tmp_path, values, says):
+    rewrite(one_job(cheat.attrs["out"], "utility", tmp_path), values)
+    assert any(says in text for text in refused(tmp_path)), refused(tmp_path)
+
+
+ON_KEPT = [{"checkpoint_sha256": "a" * 64}, {"attack_version": 9}, {"budget_model_evaluations": 3}]
+
+
+@pytest.mark.parametrize("values", ON_KEPT, ids=["-".join(values) for values in ON_KEPT])
+def test_an_attack_on_what_was_kept_with_a_changed_column_is_refused(cheat, tmp_path, values):
+    out = cheat.attrs["out"]
+    path = one_job(out, "development", tmp_path, stage=IN_TRAINING)
+    shutil.copytree(out / "utility" / "kept", tmp_path / "utility" / "kept")
+    rewrite(path, values)
+    assert any("job id" in text for text in refused(tmp_path)), refused(tmp_path)
 
 
 def test_the_board_ranks_such_a_defense_by_what_it_sent_in_training(cheat):

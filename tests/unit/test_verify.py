@@ -8,11 +8,12 @@ import subprocess
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forging import refused, rewrite
 
 import leakbench.tasks as tasks
 from leakbench import evaluate
 from leakbench.errors import UserError
-from leakbench.results import ROWS_SHA256, load_rows, rows_sha256
+from leakbench.results import load_rows
 from leakbench.schema import task_columns
 from leakbench.submitting.badges import Statement, Statements, badges, least, read_statements, sealed_jobs
 from leakbench.submitting.identity import task_of, wrong_task_columns
@@ -48,23 +49,6 @@ def job(folder, attack="llg"):
     """Return the file of an attack's rows."""
     (path,) = (p for p in folder.glob("*/*/*.parquet") if pq.read_table(p)["attack"][0].as_py() == attack)
     return path
-
-
-def rewrite(path, values, *, hash_again=True, **footer):
-    """Change columns of a file as a careful forger would."""
-    table = pq.read_table(path)
-    for name, value in values.items():
-        at = table.column_names.index(name)
-        column = pa.array([value] * len(table), type=table.schema.field(at).type)
-        table = table.set_column(at, table.schema.field(at), column)
-    notes = {k.decode(): v.decode() for k, v in table.schema.metadata.items()} | footer
-    if hash_again:
-        notes[ROWS_SHA256] = rows_sha256(table)
-    pq.write_table(table.replace_schema_metadata(notes), path)
-
-
-def refused(folder, **options):
-    return [problem.text for problem in verify([folder], **options).problems]
 
 
 def test_honest_rows_are_not_refused(results):
