@@ -1,8 +1,8 @@
-"""The board of a lane: each attack's mean over all undefended tasks of the lane, stage by stage."""
+"""The board of a lane: each attack's mean over all undefended tasks of the lane in a suite, stage by stage."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from leakbench.board.stats import rank_groups, stratified
 from leakbench.metrics import METRICS, headline
 from leakbench.tasks import local_batches
 
-LANE_KEYS = ("season", "season_commitment", "benchmark_version", "lane", "target", "demonstration", "stage")
-"""What one table of attacks shares."""
+LANE_KEYS = ("season", "season_commitment", "benchmark_version", "suite", "lane", "target", "demonstration", "stage")
+"""What one table of attacks shares. Suites grant different budgets and name different attacks, so a table is of one:
+an attack that another suite does not name is no worse for it."""
 
 LANE_COLUMNS = {
     "attack_label": "attack with its notable parameters",
@@ -72,7 +73,7 @@ class LaneTable:
 
 
 def lanes(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one line per lane, stage and attack.
+    """Return one line per suite, lane, stage and attack.
 
     Args:
         rows: Result rows as `leakbench.results.load_rows` gives them. Rows without a lane or with a defense are left
@@ -91,12 +92,28 @@ def lane_frame(tables: Sequence[LaneTable]) -> pd.DataFrame:
 
 
 def lane_tables(rows: pd.DataFrame) -> list[LaneTable]:
-    """Return one table per lane and stage; see `lanes`."""
+    """Return one table per suite, lane and stage; see `lanes`."""
     # One selection, not three: each would copy every column of all rows.
     rows = rows[rows["attack"].notna() & rows["lane"].notna() & (rows["defense"] == "none")]
     rows = rows.assign(demonstration=rows["dataset"].isin(list(DEMONSTRATION_DATASETS)))
-    tables = [_table(table) for _, table in rows.groupby(group_ids(rows, LANE_KEYS))]
+    tables = [_table(table) for own in _by_suite(rows) for _, table in own.groupby(group_ids(own, LANE_KEYS))]
     return [table for table in tables if table is not None]
+
+
+def _by_suite(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Yield the rows of each suite: its attacks on its tasks.
+
+    Where two suites measured the same trial, one row was kept, under the name of either: it counts for both.
+    """
+    suites = rows["suite"].unique().tolist()
+    if len(suites) < 2:
+        yield rows
+        return
+    attacks = group_ids(rows, (*ATTACK_KEYS, "budget_model_evaluations", "budget_wall_seconds"))
+    for suite in suites:
+        own = rows["suite"] == suite
+        shared = rows["task_hash"].isin(rows.loc[own, "task_hash"].unique()) & attacks.isin(attacks[own].unique())
+        yield rows[shared].assign(suite=suite)
 
 
 def _table(rows: pd.DataFrame) -> LaneTable | None:

@@ -283,14 +283,15 @@ def terminal(board: pd.DataFrame, lanes: pd.DataFrame | None = None, console: Co
 
 
 def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
-    """Yield one table per lane, season and stage, the best attack first.
+    """Yield one table per suite, lane, season and stage, the best attack first.
 
     Of more than `MOST_STAGES` stages the first, the last and some between are shown.
     """
     for keys, lane in lanes.groupby([key for key in LANE_KEYS if key != "stage"], sort=False, dropna=False):
-        season, _, _, name, target, demonstration = map(str, keys)
+        season, _, _, suite, name, target, demonstration = map(str, keys)
         asked = f" of {target}" if target in INFERENCE else ""
-        shown = f"lane {name}{asked}, {{}}" + (", demonstration" if demonstration == "True" else "")
+        shown = f"{suite}: lane {name}" if suite else f"lane {name}"
+        shown += f"{asked}, {{}}" + (", demonstration" if demonstration == "True" else "")
         stages = sorted(lane["stage"].unique(), key=stage_order)
         left_out = len(stages) - MOST_STAGES
         if left_out > 0:

@@ -158,7 +158,8 @@ def _failed(own: pd.DataFrame) -> list[str]:
 
 def _among_attacks(own: pd.DataFrame, others: pd.DataFrame, told: Description) -> pd.DataFrame:
     """Return the lanes that the entry ran in."""
-    table = lanes(pd.concat([own, others], ignore_index=True))
+    # Boards are of one suite; whoever names rows of another to compare with means those tasks that both have.
+    table = lanes(pd.concat([own, others.assign(suite=own["suite"].iloc[0])], ignore_index=True))
     table["own"] = (table["attack"] == told.name) & (table["attack_source_sha256"] == told.source_sha256)
     with_it = table.groupby(list(LANE_KEYS))["own"].transform("any")
     names = [*LANE_KEYS, "rank_group", "attack_label", "attack_version", "own", "covered", "tasks"]

@@ -147,3 +147,23 @@ def test_of_many_stages_some_are_shown_and_the_rest_is_said_to_be_left_out():
 
 def test_no_rows_make_an_empty_table():
     assert lanes(frame(make([0.5])).iloc[:0]).empty
+
+
+def test_an_attack_is_compared_within_its_suite_and_loses_nothing_by_what_another_suite_runs():
+    other = LABELS.model_copy(update={"batch": BatchSpec(size=4)})
+    named = [make([0.9] * 8, "a", suite="one"), make([0.5] * 8, "b", suite="one")]
+    elsewhere = [make([0.6] * 8, "a", task=other, suite="two"), make([0.5] * 8, "c", task=other, suite="two")]
+    board = lanes(frame(*named, *elsewhere)).set_index(["suite", "attack"])
+    assert board["tasks"].tolist() == board["covered"].tolist() == [1] * 4
+    assert board["mean"].to_dict() == {("one", "a"): 0.9, ("one", "b"): 0.5, ("two", "a"): 0.6, ("two", "c"): 0.5}
+
+
+def test_rows_that_two_suites_share_count_for_both():
+    other = LABELS.model_copy(update={"batch": BatchSpec(size=4)})
+    one = [make([0.9] * 8, "a", suite="one"), make([0.5] * 8, "b", suite="one")]
+    # On the first task, `a` was measured by suite one already, so suite two has no row of its own there.
+    two = [make([0.4] * 8, "c", suite="two"), *(make([0.7] * 8, n, task=other, suite="two") for n in "ac")]
+    board = lanes(frame(*one, *two)).set_index(["suite", "attack"])
+    assert board.loc[("two", "a"), ["tasks", "covered", "mean"]].tolist() == [2, 2, pytest.approx(0.8)]
+    assert ("two", "b") not in board.index
+    assert board.loc[("one", "b"), "tasks"] == 1
