@@ -90,9 +90,9 @@ def _build(data: Data, out: Path) -> Built:
                     text = templates.get_template(page.template).render(context)
                     page, count = Asset(page.path, text.encode()), count + 1
                 written.add(_write(out, page))
-        from leakbench.site.downloads import write_rows
+        from leakbench.site.downloads import write_others, write_rows
 
-        written.add(write_rows(data, out / "rows.parquet"))
+        written |= {write_rows(data, out / "rows.parquet"), *write_others(data, out)}
         _clear(out, written)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); use another --out") from None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-_WIDTH, _LINE, _LEFT, _RIGHT = 720, 22, 210, 20
+_WIDTH, _LINE, _LEFT, _RIGHT = 720, 22, 240, 20
 _SHAPES = 6
 MOST_SERIES = 8
 """Most series of a chart: as many as there are colors that color-blind people tell apart."""

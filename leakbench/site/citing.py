@@ -25,7 +25,7 @@ def bibtex_of(kind: str, name: str, reference: str) -> str:
     text = " ".join(reference.split())
     if not text or text.lower().startswith("none"):
         return ""
-    works = [work for part in re.split(r";\s+", text) if (work := _fields(part))] or [{"note": text}]
+    works = [work for part in re.split(r";\s+", text) if (work := _fields(part))] or [{"note": _plain(text)}]
     key = re.sub(r"[^A-Za-z0-9_]", "_", f"{kind}_{name}")
     return "\n".join(_entry(key if i == 0 else f"{key}_{i + 1}", fields) for i, fields in enumerate(works))
 

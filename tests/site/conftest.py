@@ -6,18 +6,23 @@ import json
 import shutil
 
 import pytest
-from site_rows import HOSTILE, OPTIONS, site_rows, write_rows
+from site_rows import HOSTILE, INPUTS, LABELS, OPTIONS, site_rows, write_measures, write_pictures, write_rows
 
 from leakbench.site.build import build
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    """A folder of compacted rows and a reproduction."""
+    """A folder of rows, measures, pictures, a reproduction and claims."""
     folder = tmp_path_factory.mktemp("results")
     write_rows(folder / "rows.parquet", site_rows())
+    write_measures(folder)
+    write_pictures(folder)
     line = {"setting": HOSTILE, "attack": "llg", "metric": "irec", "reference": 0.9, "ours": 0.88, "verdict": "agrees"}
-    (folder / "reproduction.json").write_text(json.dumps([line]))
+    (folder / "reproduction.json").write_text(json.dumps([line | {"task": LABELS.id, "defense": "topk"}]))
+    claim = {"claim": "first layers hold most", "verdict": "undecided", "agree": 0, "differ": 1, "undecided": 1}
+    lines = [{"setting": INPUTS.id, "quantity": "sensitivity_share", "more": 0.7, "less": 0.3, "verdict": "differs"}]
+    (folder / "claims.json").write_text(json.dumps({"claims": [claim], "comparisons": lines}))
     return folder
 
 

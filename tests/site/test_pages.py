@@ -11,15 +11,18 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from site_rows import HOSTILE, OPTIONS, site_rows, write_rows
+from PIL import Image
+from site_rows import HOSTILE, INPUTS, OPTIONS, site_rows, write_rows
 
+from leakbench import gallery as gallery_rules
 from leakbench.board import curves
 from leakbench.board.defenses import TABLE_KEYS
 from leakbench.errors import UserError
+from leakbench.site import citing, profiles
 from leakbench.site.build import build, digest
 from leakbench.site.data import Options, slug
 from leakbench.site.loading import load
-from leakbench.site.pages import defenses, localization
+from leakbench.site.pages import defenses, gallery, heatmap, localization, reproductions
 from leakbench.site.pages.versions import history
 
 
@@ -177,10 +180,11 @@ def test_the_history_has_rules_and_boards_only(tmp_path):
     assert history(log) == [("0.2", [("Rules", "a b"), ("Board", "d")])]
 
 
-def test_a_code_link_is_https_or_absent(results, tmp_path):
-    made = build([results], tmp_path / "a", Options("javascript:alert(1)")).index.parent
+def test_a_code_link_is_https_or_absent(tmp_path):
+    few = write_rows(tmp_path / "x.parquet", site_rows()[:12])
+    made = build([few], tmp_path / "a", Options("javascript:alert(1)")).index.parent
     assert "javascript:" not in (made / "attacks/llg.html").read_text()
-    made = build([results], tmp_path / "b", Options("https://example.org/code")).index.parent
+    made = build([few], tmp_path / "b", Options("https://example.org/code")).index.parent
     assert 'href="https://example.org/code/blob/' in (made / "attacks/llg.html").read_text()
 
 
@@ -224,3 +228,161 @@ def test_rows_are_the_same_in_one_file_and_in_several(tmp_path):
     whole, split = (load(own).astype(object).sort_values(order, ignore_index=True) for own in (files[:1], files[1:]))
     pd.testing.assert_frame_equal(whole, split)
     assert len(whole) == len(rows)
+
+
+def test_every_number_of_a_layer_leads_to_its_values_and_the_job_that_gave_them(site):
+    text = (site / "localization.html").read_text()
+    link = re.search(r'href="(measured/[^"#]+)#q-sensitivity_share">0.800<', text)
+    values = (site / link[1]).read_text()
+    assert f"leakbench reproduce {'ab12' * 4}" in values
+    assert "leakbench measure localization --measure sensitivity<" in values
+    assert [f'data-v="{value}"' in values for value in (0.7, 0.9, 0.3, 0.1)] == [True] * 4
+    assert f"{'ab12' * 4}:1<" in values
+    (fitted,) = set(re.findall(r'href="(measured/[^"#]+)#q-v_information"', text))
+    numbers = re.findall(r'data-v="([^"]+)"', (site / fitted).read_text().partition("q-v_information")[2])
+    assert {"0.25", "-0.25", "0.75", "40.0"} <= set(numbers)
+    rows = pq.read_table(site / "measures.parquet").to_pandas()
+    assert rows["value"].tolist() == [1.0, 1.0, 0.3, 0.1, 0.7, 0.9, 0.5, 0.25]
+    assert 'href="measures.parquet"' in (site / "download.html").read_text()
+
+
+def test_figures_of_papers_lead_to_rows_and_claims_to_measured_values(site):
+    text = (site / "reproductions.html").read_text()
+    rows = re.search(r'href="(cells/[^"]+)">0.88<', text)
+    assert "<code>leakbench run quick --attack llg --defense topk" in (site / rows[1]).read_text()
+    assert re.search(r'href="measured/[^"]+#q-sensitivity_share">0.7<', text)
+    assert re.search(r'href="reproductions.html#(comparisons-[^"]+)">1<', text)[1] in text
+
+
+def test_a_comparison_leads_to_the_two_things_that_it_compares():
+    from measure_rows import frame, measured
+
+    from leakbench.board.measures import tables
+    from leakbench.tasks import BatchSpec
+
+    four = INPUTS.model_copy(update={"batch": BatchSpec(size=4)})
+    parts = [measured("sensitivity_share", {"all": [0.5, 0.5]}, task=task) for task in (INPUTS, four)]
+    withheld = {"defense": "topk", "defense_label": "topk(p=0.9)"}
+    parts.append(measured("sensitivity_share", {"all": [0.5, 0.5]}, **withheld))
+    data = SimpleNamespace(measures=tables(frame(*parts)))
+    both = [
+        reproductions.compared(f"{INPUTS.id}: {sides}", "sensitivity_share", data)
+        for sides in ("batch_size 1 against 4", "none against topk(p=0.9)")
+    ]
+    (one, larger), (bare, defended) = both
+    assert one == bare
+    assert len({one, larger, defended}) == 3
+    assert reproductions.compared(INPUTS.id, "sensitivity_share", data) == (one, one)
+
+
+def test_the_gallery_shows_original_recovered_and_floor(site):
+    (page,) = (site / "gallery").glob("*.html")
+    figures = re.findall(r"<figure>(.*?)</figure>", page.read_text(), re.S)
+    sides = [re.findall(r'src="([^"]+)"[^>]* alt="(\w+),', figure) for figure in figures]
+    assert [[words for _, words in own] for own in sides] == [
+        *[["original", "recovered", "floor"]] * 3,
+        *[["original", "recovered"]] * 3,  # of mean_image itself
+    ]
+    floors = {own[2][0] for own in sides[:3]} | {own[1][0] for own in sides[3:]}
+    assert len(floors) == 1
+    with Image.open(page.parent / floors.pop()) as picture:
+        assert picture.getcolors() == [(64 * 64, 128)]
+    assert re.search(r'<h2 id="p1"><a href="../cells/[^"]+">dlg</a>', page.read_text())
+
+
+def test_a_floor_that_differs_from_victim_to_victim_is_not_shown():
+    entry = {"attack": "mean_image", "defense": "none"}
+    png = gallery_rules.strip(np.full((1, 1, 8, 8), 5, np.uint8))
+    other = gallery_rules.strip(np.full((1, 1, 8, 8), 6, np.uint8))
+    assert gallery._floor([[entry | {"recovered": png}, entry | {"recovered": other}]]) is None
+    assert gallery._floor([[entry | {"recovered": png, "attack": "dlg"}]]) is None
+    assert gallery._floor([[entry | {"recovered": png}] * 2])[1] == (64, 64)
+
+
+def line_of(attack, task, value, **changes):
+    common = {
+        "defense": "none",
+        "defense_label": "none",
+        "n": 9,
+        "season": "s",
+        "benchmark_version": "1",
+        "target": "labels",
+    }
+    common |= {"lane": "passive_labels", "stage": "untrained", "dataset": "mnist", "reference": 0.2, "gain": np.nan}
+    own = {"attack": attack, "attack_label": attack, "attack_version": 1, "attack_source_sha256": "a"}
+    return common | own | {"task_hash": task, "advantage": value, "demonstration": False} | changes
+
+
+def test_profiles_count_tasks_near_the_best_and_a_task_not_tried_as_chance():
+    scores = {"a": (0.9, 0.5, 0.1, 0.4), "b": (0.8, 0.5, 0.6, None)}
+    lines = [line_of(name, f"t{i}", v) for name, own in scores.items() for i, v in enumerate(own) if v is not None]
+    lines += [line_of("b", "t4", 0.9, defense="topk"), line_of("a", "t4", 0.9, stage="converged")]
+    board = pd.DataFrame([*lines, line_of("a", "t5", 0.0, reference=1.0)])
+    table = profiles.edges(board, lines[0]).droplevel([1, 2], axis=1)
+    assert table["a"].tolist() == [0.9, 0.5, 0.1, 0.4]
+    assert table["b"].tolist() == [0.8, 0.5, 0.6, 0.0]
+    chart = profiles.profile("x", board, [lines[0], lines[4]], "in edge")
+    assert "over 4 tasks" in chart.caption
+    # Gaps of a: 0, 0, .5, 0; of b: .1, 0, 0, .4. Marks are at quarters of the widest, .5.
+    assert "a: within 0 0.75, within 0.125 0.75, within 0.25 0.75, within 0.375 0.75, within 0.5 1." in chart.svg
+    assert "b: within 0 0.5, within 0.125 0.75, within 0.25 0.75, within 0.375 0.75, within 0.5 1." in chart.svg
+    assert profiles.profile("x", board[board["task_hash"].isin(["t0", "t1"])], [lines[0], lines[4]], "in edge") is None
+
+
+def test_the_heat_map_compares_a_defense_on_tasks_that_were_attacked_undefended():
+    lines = [line_of("a", "t0", 0.8), line_of("a", "t1", 0.6), line_of("b", "t0", 0.9, defense="topk")]
+    lines += [line_of("a", task, v, defense="topk") for task, v in (("t0", 0.2), ("t2", 0.9))]
+    lines += [line_of("a", "t0", 0.5, stage="converged")]
+    board = pd.DataFrame([line | {"defense_label": line["defense"]} for line in lines])
+    (table,) = heatmap._tables(board)
+    shown = {line.values[0].text: [(v.text, v.extra) for v in line.values[1:]] for line in table.lines}
+    assert shown == {"a": [("0.70", ""), ("0.20", "(1)")], "b": [("–", ""), ("0.90", "(1)")]}
+
+
+def test_references_become_bibtex_with_the_fields_they_hold_and_no_others():
+    text = citing.bibtex_of(
+        "attack",
+        "x.y",
+        'after Geng et al., "A & B", S&P 2024 (github.com/a_b), after Wainakh et al., PoPETs 2022, arXiv 2105.09369; '
+        'as a defense Zhu, De Cristofaro, "C_1", NeurIPS 2019, arXiv 1906.08935, doi 10.1000/x.1; \n words: '
+        'Lee, "D", arXiv 2601.00001',
+    )
+    assert (
+        text
+        == r"""@misc{attack_x_y,
+  author        = {Geng and others},
+  title         = {{A \& B}},
+  year          = {2024},
+  howpublished  = {S\&P},
+}
+
+@misc{attack_x_y_2,
+  author        = {Zhu and {De Cristofaro}},
+  title         = {{C\_1}},
+  year          = {2019},
+  howpublished  = {NeurIPS},
+  eprint        = {1906.08935},
+  archiveprefix = {arXiv},
+  doi           = {10.1000/x.1},
+}
+
+@misc{attack_x_y_3,
+  author        = {Lee},
+  title         = {{D}},
+  eprint        = {2601.00001},
+  archiveprefix = {arXiv},
+}
+"""
+    )
+    assert citing.bibtex_of("attack", "x", "none; a library") == citing.bibtex_of("attack", "x", "") == ""
+    assert (
+        citing.bibtex_of("attack", "x", "folklore } since 1990")
+        == "@misc{attack_x,\n  note          = {folklore  since 1990},\n}\n"
+    )
+
+
+def test_the_works_of_entries_with_rows_can_be_cited(site):
+    cited = (site / "cite.bib").read_text()
+    assert "@misc{attack_llg,\n  author        = {Wainakh and " in cited
+    assert "@misc{attack_rtf" not in cited  # has no rows
+    assert "@misc{attack_llg," in (site / "attacks/llg.html").read_text()

@@ -96,15 +96,16 @@ def of_board(data: Data, board: Board) -> list[LaneTable]:
 
 def lane_anchor(line: Any) -> str:
     """Return where on an attack's page the cells behind its line of a lane are."""
-    keys = ("season", "benchmark_version", "lane", "target", "stage")
+    keys = ("season", "benchmark_version", "suite", "lane", "target", "stage")
     return slug("-".join(str(line[key]) for key in keys) + ("-demo" if line["demonstration"] else ""))
 
 
 def lane_title(line: Any) -> str:
-    """Return a lane, target and stage in words."""
+    """Return a lane, target, stage and suite in words."""
     demonstration = ", demonstration (never ranked)" if line["demonstration"] else ""
     lane = LANE_TITLES.get(line["lane"], line["lane"])
-    return f"{lane}, {line['target']}, stage {line['stage']}{demonstration}, season {line['season']}"
+    suite = f", suite {line['suite']}" if line["suite"] else ""
+    return f"{lane}, {line['target']}, stage {line['stage']}{suite}{demonstration}, season {line['season']}"
 
 
 def lane_table(data: Data, found: LaneTable, name: str, most: int | None = None) -> Table:

@@ -15,7 +15,7 @@ from leakbench.board.pareto import chosen
 from leakbench.board.score import group_ids
 from leakbench.errors import UserError
 from leakbench.site.charts import MOST_SERIES, Point, curves
-from leakbench.site.data import Data, cell_page, defense_page, slug, task_page
+from leakbench.site.data import LANE_TITLES, Data, cell_page, defense_page, slug, task_page
 from leakbench.site.page import Page
 from leakbench.site.table import Chart, Column, Line, Table, Value, interval, number, places, whole
 
@@ -86,7 +86,8 @@ def against_cost(settings: pd.DataFrame, trained: Collection[str] = ()) -> Itera
         return  # attacked or trained, and none of them both
     for place, (_, part) in enumerate(drawn.groupby("panel", sort=True)):
         first = part.iloc[0]
-        title = f"Privacy against accuracy: {first['lane']}, {first['target']}, {first['dataset']}"
+        lane = LANE_TITLES.get(first["lane"], first["lane"])
+        title = f"Privacy against accuracy: {lane}, {first['target']}, {first['dataset']}"
         series = [
             (
                 str(own["curve"].iloc[0]),

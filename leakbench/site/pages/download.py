@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from leakbench.schema import ROW_FIELDS
 from leakbench.site.data import Data
-from leakbench.site.downloads import bibtex
+from leakbench.site.downloads import bibtex, held
 from leakbench.site.page import Asset, Page
 
 
@@ -15,4 +15,5 @@ def pages(data: Data) -> Iterator[Page | Asset]:
     text = bibtex(data)
     yield Asset("cite.bib", text.encode())
     facts = [(field.name, str(field.type), field.doc) for field in ROW_FIELDS]
-    yield Page("download.html", "Download and cite", "download.html", {"bibtex": text, "facts": facts})
+    context = {"bibtex": text, "facts": facts, "others": held(data)}
+    yield Page("download.html", "Download and cite", "download.html", context)

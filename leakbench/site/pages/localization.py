@@ -19,18 +19,30 @@ from leakbench.site.table import Chart, Column, Line, Table, Value, interval, wh
 KINDS = {"lower_bound": "lower bound", "proxy": "proxy", "proved_bound": "proved bound"}
 """Kinds in words; they never share a table."""
 
+SEVERAL = {"lower_bound": "lower bounds", "proxy": "proxies", "proved_bound": "proved bounds"}
+
 MOST = 400
-"""Most numbers of one table; the Parquet file has all."""
+"""Most numbers of one table; measures.parquet has all."""
 
 
 def pages(data: Data) -> Iterator[Page]:
-    """Yield the page of layers."""
-    tables = [*_profiles(data), *_tables(data)] if data.measures else []
+    """Yield the page of layers, and one per kind with the numbers of whole updates."""
+    tables = list(_profiles(data)) if data.measures else []
+    others = list(_tables(data))
+    for kind, table in others:
+        context = {"links": [("localization.html", "Which layers leak")], "tables": [table], "kicker": "localization"}
+        yield Page(kind_page(kind), f"Measured {SEVERAL[kind]}", context=context)
     intro = [
         "How much of the images, and of an attribute of theirs, is in which layer's update. Lower bounds are what "
         "attackers got, proxies local numbers that bound nothing, proved bounds what no attacker can exceed."
     ]
-    context = {"intro": intro, "tables": tables, "empty": "Nothing measured yet; run: leakbench measure quick"}
+    links = [(kind_page(kind), table.caption) for kind, table in others]
+    context = {
+        "intro": intro,
+        "links": links,
+        "tables": tables,
+        "empty": "Nothing measured yet; run: leakbench measure quick",
+    }
     yield Page("localization.html", "Localization", context=context)
 
 
@@ -69,7 +81,7 @@ def _profiles(data: Data) -> Iterator[Table]:
         neutral = "" if panel.neutral is None else f" Nothing leaks at {panel.neutral:g}."
         share = " Every line sums to 1." if panel.share else ""
         more = "" if len(names) == own["series"].nunique() else f" The first {MOST_LINES} tasks; the table has all."
-        text = f"{label.capitalize()}, layer by layer, with 95% intervals.{neutral}{share}{more}"
+        text = f"{label[0].upper()}{label[1:]}, layer by layer, with 95% intervals.{neutral}{share}{more}"
         yield _layer_table(own, f"layers-{number}", title, Chart(svg, text))
 
 
@@ -99,7 +111,12 @@ def _layer_table(own: pd.DataFrame, name: str, title: str, chart: Chart) -> Tabl
     return Table(name, title, columns, lines, compare=True, charts=[chart])
 
 
-def _tables(data: Data) -> Iterator[Table]:
+def kind_page(kind: str) -> str:
+    """Return where the numbers of one kind are."""
+    return f"measured/{kind}.html"
+
+
+def _tables(data: Data) -> Iterator[tuple[str, Table]]:
     for kind, table in data.measures.items():
         whole_updates = table[table["depth"].isna()]
         if whole_updates.empty:
@@ -121,5 +138,8 @@ def _tables(data: Data) -> Iterator[Table]:
             Column("quantity", choose=True), Column("net", choose=True), Column("task, in short"),
             Column("value", True, note="[95%]"), Column("unit"), Column("n", True), Column("measure", choose=True),
         ]  # fmt: skip
-        notes = [f"{len(whole_updates) - MOST} more numbers are left out."] if len(whole_updates) > MOST else []
-        yield Table(f"kind-{kind}", f"Whole updates: {KINDS[kind]}s", columns, lines, notes, compare=True)
+        notes = (
+            [f"{len(whole_updates) - MOST} more numbers are in measures.parquet."] if len(whole_updates) > MOST else []
+        )
+        caption = f"Whole updates: {SEVERAL[kind]}"
+        yield kind, Table(f"kind-{kind}", caption, columns, lines, notes, compare=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pandas as pd
 
 from leakbench.board.measures import MEASURE_KEYS, WHERE_KEYS, named
 from leakbench.board.score import group_ids, plain
-from leakbench.site.data import Data, cell_id, task_page
+from leakbench.site.data import Data, cell_id, short_label, task_page
 from leakbench.site.page import Page
 from leakbench.site.table import Column, Line, Table, Value, whole
 
@@ -22,7 +23,7 @@ _DIGITS = 4
 
 def measured_page(line: Any) -> str:
     """Return where the rows behind a number of `leakbench.board.measures.tables` are."""
-    identity = cell_id([line[key] for key in KEYS])
+    identity = cell_id([plain(line[key]) for key in KEYS])
     return f"measured/{identity[:2]}/{identity}.html"
 
 
@@ -46,12 +47,16 @@ def pages(data: Data) -> Iterator[Page]:
         first = {key: plain(part[key].iloc[0]) for key in KEYS}
         against = "" if first["defense"] == "none" else f" vs {first['defense_label']}"
         job = str(part["job_id"].iloc[0])
+        run = ["leakbench", "measure", str(part["suite"].iloc[0]) or "SUITE"]
+        run += ["--measure", short_label(str(first["measure"]), str(first["measure_params"]))]
+        if first["defense"] != "none":
+            run += ["--defense", short_label(str(first["defense"]), str(first["defense_params"]))]
         task = str(first["task"])
         context = {
             "first": {**first, "against": against},
             "task": task_page(task, str(first["task_hash"])) if first["task_hash"] in data.task_hashes else None,
             "example": job[:SHORT],
-            "suite": str(part["suite"].iloc[0] or "SUITE"),
+            "command": shlex.join(run),
             "tables": [_jobs(part), *_values(part)],
         }
         yield Page(measured_page(first), f"{first['measure_label']} on {task}{against}", "measured.html", context)

@@ -14,6 +14,9 @@ from leakbench.site.page import Page
 from leakbench.site.pages.measured import behind
 from leakbench.site.table import Column, Line, Table, Value
 
+PATH = "reproductions.html"
+"""Where they are."""
+
 _FIGURES = ("setting", "attack", "defense", "metric", "reference", "ours", "low", "high", "n", "difference", "verdict")
 _NUMBERS = frozenset(
     {"reference", "ours", "low", "high", "n", "difference", "more", "less", "agree", "differ", "undecided"}
@@ -38,7 +41,7 @@ def pages(data: Data) -> Iterator[Page]:
         "of its comparisons do. Figures lead to the rows of their setting, comparisons to the values measured there."
     ]
     empty = "No paper was reproduced into these results; run, for instance: leakbench reproduce ilrg --quick"
-    yield Page("reproductions.html", "Reproductions", context={"intro": intro, "tables": tables, "empty": empty})
+    yield Page(PATH, "Reproductions", context={"intro": intro, "tables": tables, "empty": empty})
 
 
 def _cells(data: Data) -> dict[tuple[str, str, str], str]:
@@ -52,11 +55,12 @@ def _of_folder(folder: Path, cells: dict[tuple[str, str, str], str], data: Data)
     paper = folder.name.removesuffix("-quick")
     quick = " --quick" if paper != folder.name else ""
     command = f"Written by: leakbench reproduce {paper}{quick}"
+    comparisons = f"{PATH}#{slug(f'comparisons-{folder.name}')}"
     for stem, key, columns in _FILES:
         try:
             found = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
             lines = found if key is None else found[key]
-            table = [_line(line, columns, cells, data) for line in lines]
+            table = [_line(line, columns, cells, data, comparisons) for line in lines]
             counts = pd.Series([str(line.get("verdict")) for line in lines]).value_counts()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
@@ -71,9 +75,11 @@ def _of_folder(folder: Path, cells: dict[tuple[str, str, str], str], data: Data)
         )
 
 
-def _line(line: dict[str, Any], columns: tuple[str, ...], cells: dict[tuple[str, str, str], str], data: Data) -> Any:
+def _line(
+    line: dict[str, Any], columns: tuple[str, ...], cells: dict[tuple[str, str, str], str], data: Data, comparisons: str
+) -> list[Value]:
     ours = cells.get((str(line.get("task")), str(line.get("attack")), str(line.get("defense"))))
-    links = dict.fromkeys(_LINKED, ours)
+    links = dict.fromkeys(_LINKED, ours) | dict.fromkeys(("agree", "differ", "undecided"), comparisons)
     if "quantity" in line:
         more, less = compared(str(line.get("setting")), str(line["quantity"]), data)
         links |= dict.fromkeys(_LINKED, more) | {"less": less}
