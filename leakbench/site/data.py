@@ -23,6 +23,7 @@ from leakbench.gallery import Entry, read_gallery
 from leakbench.results import holds_measures, holds_utility, load_measures, load_rows, load_utility
 from leakbench.site.loading import load, row_files
 from leakbench.sources import Kind, sources
+from leakbench.stage import stage_order
 from leakbench.store import result_folders
 from leakbench.submitting.badges import badges, least, read_statements, sealed_jobs
 
@@ -99,12 +100,14 @@ class Data:
 
     @cached_property
     def lane_tables(self) -> list[LaneTable]:
-        """See `leakbench.board.lanes.lane_tables`; by lane, demonstrations last."""
+        """See `leakbench.board.lanes.lane_tables`; demonstrations last, by lane, suite and stage."""
         order = list(LANE_TITLES)
-        found = lane_tables(self.rows)
-        return sorted(
-            found, key=lambda t: (t.lines[0]["demonstration"], order.index(t.lines[0]["lane"]), t.lines[0]["stage"])
-        )
+
+        def place(table: LaneTable) -> tuple[bool, int, str, tuple[int, int, str]]:
+            line = table.lines[0]
+            return line["demonstration"], order.index(line["lane"]), line["suite"], stage_order(line["stage"])
+
+        return sorted(lane_tables(self.rows), key=place)
 
     @cached_property
     def lanes(self) -> pd.DataFrame:

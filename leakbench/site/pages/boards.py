@@ -96,7 +96,7 @@ def of_board(data: Data, board: Board) -> list[LaneTable]:
 
 def lane_anchor(line: Any) -> str:
     """Return where on an attack's page the cells behind its line of a lane are."""
-    keys = ("season", "benchmark_version", "suite", "lane", "target", "stage")
+    keys = ("season", "benchmark_version", "lane", "target", "stage")
     return slug("-".join(str(line[key]) for key in keys) + ("-demo" if line["demonstration"] else ""))
 
 
@@ -104,7 +104,7 @@ def lane_title(line: Any) -> str:
     """Return a lane, target, stage and suite in words."""
     demonstration = ", demonstration (never ranked)" if line["demonstration"] else ""
     lane = LANE_TITLES.get(line["lane"], line["lane"])
-    suite = f", suite {line['suite']}" if line["suite"] else ""
+    suite = f", suite {line['suite']}" if line.get("suite") else ""  # cells are of several
     return f"{lane}, {line['target']}, stage {line['stage']}{suite}{demonstration}, season {line['season']}"
 
 
