@@ -55,6 +55,16 @@ _VICTIM = (
 )
 """With the trial, and the number of examples behind the update, what tells victims apart."""
 
+_READ = dict.fromkeys(
+    (
+        *(key for key in LANE_KEYS if key != "demonstration"),
+        *("task_hash", *ATTACK_KEYS, "attack_label", "budget_model_evaluations", "budget_wall_seconds"),
+        *("status", "inserted", headline("labels").reference),
+        *("draw", "trial", *_VICTIM, "batches", "local_steps", "batches_per_epoch", "clients"),
+    )
+)
+"""Columns of the rows themselves that tables are made from."""
+
 
 @dataclass(frozen=True)
 class LaneTable:
@@ -65,11 +75,13 @@ class LaneTable:
         low: (A, A) lower ends of the 95% intervals of the paired differences of edges, line minus column, of the
             attacks that ran, in the order of ``lines``; victims and tasks are resampled.
         high: (A, A) upper ends.
+        tasks: Hashes of the tasks that it averages.
     """
 
     lines: list[dict[str, Any]]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
+    tasks: frozenset[str]
 
 
 def lanes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -91,12 +103,24 @@ def lane_frame(tables: Sequence[LaneTable]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=[*LANE_KEYS, *ATTACK_KEYS, *LANE_COLUMNS])
 
 
-def lane_tables(rows: pd.DataFrame) -> list[LaneTable]:
-    """Return one table per suite, lane and stage; see `lanes`."""
-    # One selection, not three: each would copy every column of all rows.
-    rows = rows[rows["attack"].notna() & rows["lane"].notna() & (rows["defense"] == "none")]
-    rows = rows.assign(demonstration=rows["dataset"].isin(list(DEMONSTRATION_DATASETS)))
-    tables = [_table(table) for own in _by_suite(rows) for _, table in own.groupby(group_ids(own, LANE_KEYS))]
+def lane_tables(rows: pd.DataFrame, cells: Sequence[Cell] | None = None) -> list[LaneTable]:
+    """Return one table per suite, lane and stage; see `lanes`.
+
+    Args:
+        rows: See `lanes`.
+        cells: What `build_cells` makes of these rows, if that is at hand.
+    """
+    counted = rows["attack"].notna() & rows["lane"].notna() & (rows["defense"] == "none")
+    if cells is None:
+        rows = rows[counted]
+        cells, counted = build_cells(rows), counted[counted]
+    cell_of = np.full(len(rows), -1)
+    for number, cell in enumerate(cells):
+        cell_of[cell.places] = number
+    # Numbers are in the cells; without them a million rows are small.
+    rows = rows[list(_READ)].assign(_cell=cell_of)[counted]
+    rows["demonstration"] = rows["dataset"].isin(list(DEMONSTRATION_DATASETS))
+    tables = [_table(table, cells) for own in _by_suite(rows) for _, table in own.groupby(group_ids(own, LANE_KEYS))]
     return [table for table in tables if table is not None]
 
 
@@ -116,7 +140,7 @@ def _by_suite(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
         yield rows[shared].assign(suite=suite)
 
 
-def _table(rows: pd.DataFrame) -> LaneTable | None:
+def _table(rows: pd.DataFrame, every: Sequence[Cell]) -> LaneTable | None:
     keys = {key: rows[key].iloc[0] for key in LANE_KEYS}
     # A task of which nobody could measure anything, for want of data or because guessing is right, tells nothing.
     measured = {
@@ -130,7 +154,7 @@ def _table(rows: pd.DataFrame) -> LaneTable | None:
     rows = rows[rows["task_hash"].isin(measured)]
     victims = _Victims({task: _victims(part) for task, part in rows.groupby("task_hash")})
     by_attack: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in build_cells(rows):
+    for cell in (every[number] for number in rows["_cell"].unique()):
         if len(cell.tried):
             by_attack.setdefault(tuple(cell.keys[key] for key in ATTACK_KEYS), []).append(cell)
     built = []
@@ -174,7 +198,7 @@ def _table(rows: pd.DataFrame) -> LaneTable | None:
         ranks = rank_intervals(means)
         for (line, *_), first, last in zip(ran, ranks["low"], ranks["high"], strict=True):
             line |= {"rank_low": first, "rank_high": last, "detectable": detectable(means)}
-    return LaneTable([*(line for line, *_ in ran), *never], low, high)
+    return LaneTable([*(line for line, *_ in ran), *never], low, high, frozenset(map(str, measured)))
 
 
 def _victims(part: pd.DataFrame) -> pd.DataFrame:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from leakbench.board.columns import DEMONSTRATION_DATASETS
+from leakbench.board.lanes import LaneTable
 from leakbench.board.ranks import profiles
 from leakbench.site.charts import MOST_SERIES, Point, curves
 from leakbench.site.table import Chart
@@ -20,46 +19,43 @@ MARKS = 5
 """Marks on the line of an attack, at round parts of the greatest distance."""
 
 
-def edges(board: pd.DataFrame, first: Any) -> pd.DataFrame:
+def edges(board: pd.DataFrame, found: LaneTable) -> pd.DataFrame:
     """Return the edge of every attack on every task of a lane, as its table counts them.
 
     Args:
         board: A line per cell, as `leakbench.site.data.Data.board`.
-        first: A line of the lane's table.
+        found: The lane's table.
 
     Returns:
-        A line per task, a column per attack with its parameters, version and source; 0 (chance, the floor) where an
-        attack did not run.
+        A line per task, a column per attack with its parameters, version and source, the best first; 0 (chance, the
+        floor) where an attack did not run.
     """
-    own = board[(board["defense"] == "none") & (board["n"] > 0)]
-    for key in ("season", "benchmark_version", "lane", "target", "stage"):
+    first = found.lines[0]
+    own = board[(board["defense"] == "none") & (board["n"] > 0) & board["task_hash"].isin(found.tasks)]
+    for key in ("season", "season_commitment", "benchmark_version"):
         own = own[own[key] == first[key]]
-    own = own[own["dataset"].isin(list(DEMONSTRATION_DATASETS)) == first["demonstration"]]
-    if first["target"] == "inputs":
-        edge = own["gain"]
-    else:
-        own = own[own["reference"] < 1]
-        edge = own["advantage"].clip(lower=-1)
+    edge = own["gain"] if first["target"] == "inputs" else own["advantage"].clip(lower=-1)
     keys = ["attack_label", "attack_version", "attack_source_sha256"]
     table = own.assign(edge=edge).pivot_table(index="task_hash", columns=keys, values="edge")
-    filled: pd.DataFrame = table.fillna(0.0)
+    named = [tuple(line[key] for key in keys) for line in found.lines]
+    filled: pd.DataFrame = table[[key for key in dict.fromkeys(named) if key in table.columns]].fillna(0.0)
     return filled
 
 
-def profile(name: str, board: pd.DataFrame, lines: Sequence[Any], unit: str) -> Chart | None:
+def profile(name: str, board: pd.DataFrame, found: LaneTable, unit: str) -> Chart | None:
     """Return the profiles of the first attacks of a lane; None where there are too few tasks or attacks.
 
     Args:
         name: Unique in the page.
         board: See `edges`.
-        lines: The lane's attacks that ran, the best first.
+        found: The lane's table.
         unit: What edges are measured in.
     """
-    scores = edges(board, lines[0])
+    scores = edges(board, found)
+    lines = [line for line in found.lines if line["covered"]]
     if len(scores) < FEWEST or len(lines) < 2:
         return None
-    keys = [(line["attack_label"], line["attack_version"], line["attack_source_sha256"]) for line in lines]
-    keys = [key for key in dict.fromkeys(keys) if key in scores.columns][:MOST_SERIES]
+    keys = scores.columns.tolist()[:MOST_SERIES]
     gaps = scores.rsub(scores.max(axis=1), axis=0)[keys]
     widest = float(gaps.to_numpy().max())
     marks = np.linspace(0, widest, MARKS)

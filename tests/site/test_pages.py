@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from site_rows import HOSTILE, INPUTS, OPTIONS, site_rows, write_rows
 from leakbench import gallery as gallery_rules
 from leakbench.board import curves
 from leakbench.board.defenses import TABLE_KEYS
+from leakbench.board.lanes import LaneTable
 from leakbench.errors import UserError
 from leakbench.site import citing, profiles
 from leakbench.site.build import build, digest
@@ -287,7 +289,7 @@ def test_the_gallery_shows_original_recovered_and_floor(site):
     assert len(floors) == 1
     with Image.open(page.parent / floors.pop()) as picture:
         assert picture.getcolors() == [(64 * 64, 128)]
-    assert re.search(r'<h2 id="p1"><a href="../cells/[^"]+">dlg</a>', page.read_text())
+    assert re.search(r'<h3 id="d0-1"><a href="../cells/[^"]+">dlg</a>', page.read_text())
 
 
 def test_a_floor_that_differs_from_victim_to_victim_is_not_shown():
@@ -305,7 +307,9 @@ def line_of(attack, task, value, **changes):
         "defense_label": "none",
         "n": 9,
         "season": "s",
+        "season_commitment": "c",
         "benchmark_version": "1",
+        "covered": 1,
         "target": "labels",
     }
     common |= {"lane": "passive_labels", "stage": "untrained", "dataset": "mnist", "reference": 0.2, "gain": np.nan}
@@ -317,24 +321,28 @@ def test_profiles_count_tasks_near_the_best_and_a_task_not_tried_as_chance():
     scores = {"a": (0.9, 0.5, 0.1, 0.4), "b": (0.8, 0.5, 0.6, None)}
     lines = [line_of(name, f"t{i}", v) for name, own in scores.items() for i, v in enumerate(own) if v is not None]
     lines += [line_of("b", "t4", 0.9, defense="topk"), line_of("a", "t4", 0.9, stage="converged")]
-    board = pd.DataFrame([*lines, line_of("a", "t5", 0.0, reference=1.0)])
-    table = profiles.edges(board, lines[0]).droplevel([1, 2], axis=1)
+    lines += [line_of("c", "t0", 1.0)]  # of another suite
+    board = pd.DataFrame(lines)
+    nothing = np.zeros((0, 0))
+    found = LaneTable([lines[0], lines[4]], nothing, nothing, frozenset({"t0", "t1", "t2", "t3"}))
+    table = profiles.edges(board, found).droplevel([1, 2], axis=1)
+    assert list(table) == ["a", "b"]
     assert table["a"].tolist() == [0.9, 0.5, 0.1, 0.4]
     assert table["b"].tolist() == [0.8, 0.5, 0.6, 0.0]
-    chart = profiles.profile("x", board, [lines[0], lines[4]], "in edge")
+    chart = profiles.profile("x", board, found, "in edge")
     assert "over 4 tasks" in chart.caption
     # Gaps of a: 0, 0, .5, 0; of b: .1, 0, 0, .4. Marks are at quarters of the widest, .5.
     assert "a: within 0 0.75, within 0.125 0.75, within 0.25 0.75, within 0.375 0.75, within 0.5 1." in chart.svg
     assert "b: within 0 0.5, within 0.125 0.75, within 0.25 0.75, within 0.375 0.75, within 0.5 1." in chart.svg
-    assert profiles.profile("x", board[board["task_hash"].isin(["t0", "t1"])], [lines[0], lines[4]], "in edge") is None
+    assert profiles.profile("x", board, replace(found, tasks=frozenset({"t0", "t1"})), "in edge") is None
 
 
 def test_the_heat_map_compares_a_defense_on_tasks_that_were_attacked_undefended():
     lines = [line_of("a", "t0", 0.8), line_of("a", "t1", 0.6), line_of("b", "t0", 0.9, defense="topk")]
     lines += [line_of("a", task, v, defense="topk") for task, v in (("t0", 0.2), ("t2", 0.9))]
-    lines += [line_of("a", "t0", 0.5, stage="converged")]
+    lines += [line_of("a", "t0", 0.5, stage="converged"), line_of("a", "t3", 0.0)]
     board = pd.DataFrame([line | {"defense_label": line["defense"]} for line in lines])
-    (table,) = heatmap._tables(board)
+    (table,) = heatmap._tables(board, {"quick": frozenset({"t0", "t1", "t2"}), "other": frozenset({"t3"})})
     shown = {line.values[0].text: [(v.text, v.extra) for v in line.values[1:]] for line in table.lines}
     assert shown == {"a": [("0.70", ""), ("0.20", "(1)")], "b": [("–", ""), ("0.90", "(1)")]}
 

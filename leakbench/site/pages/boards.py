@@ -164,7 +164,7 @@ def lane_table(data: Data, found: LaneTable, name: str, most: int | None = None)
     )
     most_drawn = f"The {DRAWN} first attacks" if len(ran) > DRAWN else "Every attack"
     charts = [Chart(edges, f"{most_drawn}: mean edge over all tasks with its 95% interval.")] if ran else []
-    if ran and (profiles := profile(name, data.board, ran, "dB" if gain else "in edge")):
+    if ran and (profiles := profile(name, data.board, found, "dB" if gain else "in edge")):
         charts.append(profiles)
     return Table(name, lane_title(first), columns, lines, notes, True, _pairs(found, ran, decimals), charts)
 
