@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: quickstart test lint types check bench install
+.PHONY: quickstart results test lint types check bench install
 
 install: $(STAMP)
 
@@ -24,6 +24,25 @@ quickstart: $(STAMP)
 	$(BIN)/leakbench run quick --workers $(WORKERS)
 	$(BIN)/leakbench board runs/quick
 	$(BIN)/leakbench site runs/quick --out runs/quick-site
+
+# The rows in results/: hours on two cores. LEAKBENCH_DATA has to hold MNIST and CIFAR-10; runs/ is resumed.
+RUNS := quick labels localization breaking_sa defenses_quick images_quick secure_aggregation
+STRENGTHS := none "gaussian_noise(std=0.01)" "gaussian_noise(std=0.1)" "clip_l2(bound=1.0)" "clip_l2(bound=0.1)" \
+  "topk(p=0.9)" "topk(p=0.99)" sign "sign(scaled=True)" "dp_sgd(noise_multiplier=0.1)" "dp_sgd(noise_multiplier=1.0)" \
+  "dropout(p=0.3)" "dropout(p=0.7)" "label_smoothing(alpha=0.1)" "label_smoothing(alpha=0.3)"
+results: $(STAMP)
+	$(BIN)/leakbench run quick --out runs/quick
+	$(BIN)/leakbench run labels --out runs/labels
+	$(BIN)/leakbench reproduce localization --quick --out runs/localization
+	$(BIN)/leakbench reproduce breaking_sa --quick --out runs/breaking_sa
+	$(BIN)/leakbench utility defenses_quick --out runs/defenses_quick
+	$(BIN)/leakbench run defenses_quick --out runs/defenses_quick $(foreach defense,$(STRENGTHS),--defense $(defense))
+	$(BIN)/leakbench run images_quick --trials 4 --out runs/images_quick
+	$(BIN)/leakbench run secure_aggregation --trials 2 --out runs/secure_aggregation
+	for run in $(RUNS); do $(BIN)/leakbench compact runs/$$run --out results/$$run || exit 2; done
+	$(BIN)/leakbench verify $(RUNS:%=results/%) --seal
+	$(BIN)/leakbench provenance results --into results/README.md
+	$(BIN)/leakbench board results --into README.md
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
