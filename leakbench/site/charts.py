@@ -125,6 +125,7 @@ def curves(
     join: bool = True,
     zero: bool = False,
     origin: bool = False,
+    top: float | None = None,
 ) -> Markup:
     """Return points of several series, joined in their order.
 
@@ -139,23 +140,25 @@ def curves(
         join: Whether points are joined.
         zero: Whether y = 0 is in sight, with a line.
         origin: Whether x = 0 is in sight; not of a logarithmic axis.
+        top: Value of y that is in sight, too.
     """
     points = [p for _, own in series for p in own]
     xs = [math.log10(max(p.x, least)) if log else p.x for p in points] or [0.0]
     ys = [v for p in points for v in (p.y, p.low, p.high) if not math.isnan(v)] + ([0.0] if zero else [])
+    ys += [] if top is None else [top]
     xs += [0.0] if origin else []
     x0, x1, y0, y1 = min(xs), max(xs), min(ys or [0.0]), max(ys or [1.0])
     x0, x1 = x0 - 0.04 * (x1 - x0 or 1), x1 + 0.04 * (x1 - x0 or 1)
     y0, y1 = y0 - 0.06 * (y1 - y0 or 1), y1 + 0.06 * (y1 - y0 or 1)
     slanted = 8 + 5.2 * max(map(len, labels), default=0) if labels else 22
     width = max(_WIDTH, 90 + 26 * len(labels))
-    left, right, top, bottom = 70, width - _RIGHT, 12, 272
+    left, right, upper, bottom = 70, width - _RIGHT, 12, 272
 
     def across(x: float) -> float:
         return left + (right - left) * ((math.log10(max(x, least)) if log else x) - x0) / (x1 - x0)
 
     def up(y: float) -> float:
-        return bottom - (bottom - top) * (y - y0) / (y1 - y0)
+        return bottom - (bottom - upper) * (y - y0) / (y1 - y0)
 
     parts = [_line(left, up(t), right, up(t), "grid") for t in ticks(y0, y1)]
     parts += [_text(left - 8, up(t) + 4, f"{t:g}", "end", "tick") for t in ticks(y0, y1)]
@@ -174,7 +177,7 @@ def curves(
         parts += [_line(across(t), bottom, across(t), bottom + 4, "zero") for t in marks]
     parts.append(_line(left, bottom, right, bottom, "zero"))
     parts.append(_text(right, bottom + slanted + 18, axes[0], "end", "tick"))
-    parts.append(_text(left, top - 1, axes[1], "start", "tick"))
+    parts.append(_text(left, upper - 1, axes[1], "start", "tick"))
     for i, (_, own) in enumerate(series):
         if join and len(own) > 1:
             path = "L".join(f"{across(p.x):.1f} {up(p.y):.1f}" for p in own)

@@ -86,7 +86,7 @@ def against_cost(settings: pd.DataFrame, trained: Collection[str] = ()) -> Itera
         return  # attacked or trained, and none of them both
     for place, (_, part) in enumerate(drawn.groupby("panel", sort=True)):
         first = part.iloc[0]
-        lane = LANE_TITLES.get(first["lane"], first["lane"])
+        lane = "no lane" if pd.isna(first["lane"]) else LANE_TITLES.get(first["lane"], first["lane"])
         title = f"Privacy against accuracy: {lane}, {first['target']}, {first['dataset']}"
         series = [
             (
@@ -102,7 +102,7 @@ def against_cost(settings: pd.DataFrame, trained: Collection[str] = ()) -> Itera
         ]
         name = f"cost-{place}"
         axes = ("points of accuracy lost", "privacy")
-        svg = curves(f"{name}-chart", title, axes, series[:MOST_SERIES], zero=True, origin=True)
+        svg = curves(f"{name}-chart", title, axes, series[:MOST_SERIES], zero=True, origin=True, top=1.0)
         left = [label for label, _ in series[MOST_SERIES:]]
         text = "Privacy with its 95% interval against the accuracy that it costs: further up and left is better. "
         text += "Strengths of one defense are joined."

@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 from PIL import Image
@@ -52,7 +53,16 @@ def pages(data: Data) -> Iterator[Page | Asset]:
                     pictures.append({"entry": entry, "sides": [*sides, *(below if cell[0]["attack"] != FLOOR else [])]})
             page = rows.get(tuple(cell[0][key] for key in IDENTITY), attack_page(cell[0]["attack"]))
             shown.append({"cell": cell[0], "pictures": pictures, "page": page})
-        context = {"cells": shown, "task": task_page(task, task_hash), "most": MOST_IMAGES, "floor": floor is not None}
+        groups = [
+            {"id": f"d{i}", "defense": label, "cells": list(own)}
+            for i, (label, own) in enumerate(groupby(shown, key=lambda item: item["cell"]["defense_label"]))
+        ]
+        context = {
+            "groups": groups,
+            "task": task_page(task, task_hash),
+            "most": MOST_IMAGES,
+            "floor": floor is not None,
+        }
         yield Page(path, task, "pictures.html", context)
         listed.append({"path": path, "task": task, "count": len(cells)})
     yield Page("gallery.html", "Gallery of reconstructions", "gallery.html", {"listed": listed})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ SHADES = 9
 
 def pages(data: Data) -> Iterator[Page]:
     """Yield the heat map."""
-    tables = list(_tables(data.board))
+    tables = list(_tables(data.board, _suites(data.rows)))
     intro = [
         "Every place is a mean over the tasks on which the attack was run without a defense, too, of the share of the "
         "way from chance (0) to everything (1); for images, of the gain over the floor in dB. Darker leaks more. A "
@@ -36,9 +36,19 @@ def _paired(part: pd.DataFrame) -> pd.DataFrame:
     return part[pd.Series(known, index=part.index) | ~part["attack_label"].isin(bare["attack_label"])]
 
 
-def _tables(board: pd.DataFrame) -> Iterator[Table]:
-    board = board[board["n"] > 0]
-    # Of one stage and season only: means over tasks of unlike stages would compare stages and not defenses.
+def _suites(rows: pd.DataFrame) -> dict[str, frozenset[str]]:
+    """Return the tasks of every suite."""
+    known = rows[["suite", "task_hash"]].drop_duplicates().astype(str)
+    return {str(suite): frozenset(own) for suite, own in known.groupby("suite", sort=True)["task_hash"]}
+
+
+def _tables(board: pd.DataFrame, suites: Mapping[str, frozenset[str]]) -> Iterator[Table]:
+    for suite, tasks in suites.items():
+        yield from _of_suite(board[(board["n"] > 0) & board["task_hash"].isin(tasks)], suite)
+
+
+def _of_suite(board: pd.DataFrame, suite: str) -> Iterator[Table]:
+    # Of one suite, stage and season only: means over unlike tasks would compare tasks and not defenses.
     for (target, season, stage), part in board.groupby(["target", "season", "stage"], sort=True, observed=True):
         if part["defense"].nunique() < 2:
             continue
@@ -68,5 +78,5 @@ def _tables(board: pd.DataFrame) -> Iterator[Table]:
         columns = [Column("attack"), *(Column("none" if d == "none" else d, True) for d in defenses)]
         notes = [f"Means over {most} tasks; of fewer where a number is in brackets." if most > 1 else "One task."]
         unit = "gain, dB" if target == "inputs" else "advantage"
-        caption = f"{target}, stage {stage}: {unit} (season {season})"
-        yield Table(slug(f"heat-{target}-{season}-{stage}"), caption, columns, lines, notes)
+        caption = f"{target}, stage {stage}{f', suite {suite}' if suite else ''}: {unit} (season {season})"
+        yield Table(slug(f"heat-{target}-{season}-{stage}-{suite}"), caption, columns, lines, notes)
