@@ -140,6 +140,9 @@ def _submission(repository: Path, changes: list[Change], entry: Change) -> Itera
 def place_entry(repository: Path, found: Guarded) -> Path:
     """Write the entry file of a submission, and nothing else of it, into the checkout.
 
+    Git is told to take a changed baseline for unchanged, as it takes a new file for untracked: rows name the commit of
+    leakbench and, beside it, the hash of every entry, and none of leakbench's own files has changed.
+
     Raises:
         UserError: The change is no submission.
     """
@@ -149,6 +152,8 @@ def place_entry(repository: Path, found: Guarded) -> Path:
     if path.is_symlink() or not path.parent.is_dir():
         raise UserError(f"--place: {path} is a link or has no folder; use a fresh checkout of the base")
     path.write_bytes(_run(repository, "cat-file", "blob", found.blob))
+    if _run(repository, "ls-files", "--", found.entry):
+        _run(repository, "update-index", "--assume-unchanged", "--", found.entry)
     return path
 
 

@@ -133,6 +133,13 @@ def test_placing_takes_the_entry_and_nothing_else(base, tmp_path):
     assert git(clone, "status", "--porcelain", "--untracked-files=no") == "", "rows would say the checkout is dirty"
 
 
+def test_a_placed_change_of_a_baseline_leaves_the_checkout_clean_for_rows(base, tmp_path):
+    clone, first, head = change(base, tmp_path, {"baselines/attacks/theirs.py": "changed"})
+    git(clone, "checkout", "-q", "--detach", "origin/main")
+    assert place_entry(clone, guard(clone, first, head)).read_text() == "changed"
+    assert git(clone, "status", "--porcelain", "--untracked-files=no") == ""
+
+
 def test_a_name_that_is_no_commit_is_one_line(base):
     for name in ("--upload-pack=x", "nowhere", "main:results"):
         with pytest.raises(UserError):

@@ -45,7 +45,9 @@ def test_zizmor_finds_nothing():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(tool("actionlint") is None, reason="actionlint is not installed: it has no wheel")
+@pytest.mark.skipif(
+    tool("actionlint") is None, reason="actionlint is not installed: it has no wheel, test.yml builds it"
+)
 def test_actionlint_finds_nothing():
     done = subprocess.run([tool("actionlint"), *FILES], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,13 +108,15 @@ def commands(path):
                     yield words[at + 1 :]
 
 
+STANDS_FOR = {"$what": "--attack", "$SHARD": "1/8"}
+"""What variables of workflows hold, where it matters; any word will do for others."""
+
+
 @pytest.mark.parametrize("path", WORKFLOWS)
-def test_every_command_and_option_of_a_workflow_exists(path):
+def test_every_command_of_a_workflow_is_one_that_is_taken_here(path):
     for name, *words in commands(path):
-        command = cli.commands[name]
-        known = {text for parameter in command.params for text in parameter.opts}
-        given = {word for word in words if word.startswith("--")}
-        assert given <= known, f"leakbench {name}: {given - known}"
+        given = [STANDS_FOR.get(word, re.sub(r"\$\w+", "word", word)) for word in words]
+        cli.commands[name].make_context(name, given)  # a command, option or value that is unknown raises
 
 
 def test_commands_are_found_at_all():
