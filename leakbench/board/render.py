@@ -192,11 +192,9 @@ def _short_labels(board: pd.DataFrame, kind: str) -> pd.Series[str]:
     labels = pd.Series([short(index) for index in board.index], index=board.index, dtype=object)
     # The same name and parameters from another source or version are told apart by the source.
     keys = [f"{kind}_version", f"{kind}_source_sha256"]
-    for label in labels.unique():
-        same = board.loc[labels == label, keys]
-        if len(same.drop_duplicates()) > 1:
-            labels[labels == label] += " @" + same[keys[1]].fillna("no file").str[:7]
-    return labels
+    distinct = board[keys].assign(_label=labels).drop_duplicates()
+    several = labels.isin(distinct.loc[distinct["_label"].duplicated(), "_label"])
+    return labels.mask(several, labels + " @" + board[keys[1]].fillna("no file").str[:7])
 
 
 def tables(board: pd.DataFrame, *, wide: bool = True) -> Iterator[Table]:

@@ -107,7 +107,7 @@ class Data:
             line = table.lines[0]
             return line["demonstration"], order.index(line["lane"]), line["suite"], stage_order(line["stage"])
 
-        return sorted(lane_tables(self.rows), key=place)
+        return sorted(lane_tables(self.rows, self.cells), key=place)
 
     @cached_property
     def lanes(self) -> pd.DataFrame:
