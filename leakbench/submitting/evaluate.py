@@ -127,7 +127,8 @@ def evaluate_file(
     run(place / "entry", kept, (ref,))
     own = _planned_rows(place / "entry")
     if others is None:
-        run(place / "baselines", kept)
+        tasks = set(own["task_hash"])
+        run(place / "baselines", lambda cell: kept(cell) and cell.task.hash in tasks)
         others = _planned_rows(place / "baselines")
     victims = ["season_commitment", "task_hash", "trial"]
     others = others.merge(own[victims].drop_duplicates(), on=victims)
