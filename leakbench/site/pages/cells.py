@@ -35,7 +35,9 @@ def row_id(job: str, trial: int) -> str:
 
 def pages(data: Data) -> Iterator[Page]:
     """Yield a page per cell of the board."""
-    jobs, evaluations = data.rows["job_id"], data.rows["model_evaluations"]
+    jobs = data.rows["job_id"].astype("category").cat
+    ids, number = jobs.categories.to_numpy(object), jobs.codes.to_numpy()
+    evaluations = data.rows["model_evaluations"].to_numpy(np.float64, na_value=np.nan)
     firsts = data.rows.iloc[[int(cell.places[0]) for cell in data.cell.values()]]
     provenance = dict(zip(data.cell, firsts[[*PROVENANCE, "stage"]].astype(object).to_dict("records"), strict=True))
     known = data.board.set_index("id")
@@ -47,7 +49,7 @@ def pages(data: Data) -> Iterator[Page]:
             short_label(cell.keys["attack"], cell.keys["attack_params"]),
             short_label(cell.keys["defense"], cell.keys["defense_params"]),
         )
-        own = jobs.iloc[cell.places].to_numpy(object)
+        own = ids[number[cell.places]]
         run = ["leakbench", "run", str(first["suite"]) or "SUITE", "--attack", labels[0]]
         run += [] if cell.keys["defense"] == "none" else ["--defense", labels[1]]
         run += ["--in-training", "RUN"] if first["stage"] == IN_TRAINING else []
@@ -61,7 +63,7 @@ def pages(data: Data) -> Iterator[Page]:
             "facts": [(key, "–" if pd.isna(first[key]) else str(first[key])) for key in PROVENANCE],
             "metric": cell.metric,
             "exact": EXACT[cell.keys["target"]],
-            "body": _body(cell, own, evaluations.iloc[cell.places].to_numpy(np.float64, na_value=np.nan)),
+            "body": _body(cell, own, evaluations[cell.places]),
             "example": row_id(own[0], int(cell.rows["trial"][0])),
             "command": shlex.join(run),
             "is_digit_scale": cell.keys["target"] == "inputs",
