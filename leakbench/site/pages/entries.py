@@ -12,13 +12,16 @@ from leakbench.board.score import group_ids
 from leakbench.site.citing import bibtex_of
 from leakbench.site.data import Data, attack_page, defense_page, slug
 from leakbench.site.page import Page
-from leakbench.site.pages.boards import lane_anchor, lane_title
+from leakbench.site.pages.boards import BOARDS, lane_anchor, lane_title
 from leakbench.site.pages.defenses import TRAININGS
 from leakbench.site.pages.tasks import cell_table
 from leakbench.site.table import Column, Line, Table, Value, number, whole
 from leakbench.sources import Kind
 
 _SHOWN = ("version", "needs", "recovers", "reads", "inserts", "acts_on", "strength", "draws", "adaptive", "params")
+
+_ELSEWHERE = "What attacks reach without a defense is on the boards, and on the pages of attacks and tasks."
+_BARE = [(board.path, board.title) for board in BOARDS]
 
 
 def pages(data: Data) -> Iterator[Page]:
@@ -28,8 +31,11 @@ def pages(data: Data) -> Iterator[Page]:
     for name, cells in board.groupby("attack", sort=True):
         yield Page(attack_page(str(name)), str(name), context=_context(data, "attack", str(name), cells))
     for name, cells in board.groupby("defense", sort=True):
-        title = "no defense" if name == "none" else str(name)
-        yield Page(defense_page(str(name)), title, context=_context(data, "defense", str(name), cells))
+        if name == "none":
+            context = {"kicker": "defense", "tables": [*_trainings(data, "none")], "links": _BARE, "empty": _ELSEWHERE}
+            yield Page(defense_page("none"), "no defense", context=context)
+        else:
+            yield Page(defense_page(str(name)), str(name), context=_context(data, "defense", str(name), cells))
 
 
 def _list(data: Data) -> Page:

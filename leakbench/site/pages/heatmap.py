@@ -59,7 +59,7 @@ def _of_suite(board: pd.DataFrame, suite: str) -> Iterator[Table]:
         order = means.max(axis=1).sort_values(ascending=False, kind="stable").index
         defenses = sorted(means.columns, key=lambda label: (names["defense"][label] != "none", label))
         top = float(np.nanmax(means.to_numpy())) or 1.0
-        most = int(counts.max().max())
+        most, total = int(counts.max().max()), part["task_hash"].nunique()
         lines = []
         for attack in order:
             values = [Value(attack, href=attack_page(names["attack"][attack]))]
@@ -76,7 +76,8 @@ def _of_suite(board: pd.DataFrame, suite: str) -> Iterator[Table]:
                 values.append(Value(text, float(value), page, f"h{shade}", extra))
             lines.append(Line(values, slug(attack)))
         columns = [Column("attack"), *(Column("none" if d == "none" else d, True) for d in defenses)]
-        notes = [f"Means over {most} tasks; of fewer where a number is in brackets." if most > 1 else "One task."]
+        of = "its one task" if total == 1 else f"{most} of its {total} tasks"
+        notes = [f"Means over {of}; over fewer where a number is in brackets." if most > 1 else f"Over {of}."]
         unit = "gain, dB" if target == "inputs" else "advantage"
         caption = f"{target}, stage {stage}{f', suite {suite}' if suite else ''}: {unit} (season {season})"
         yield Table(slug(f"heat-{target}-{season}-{stage}-{suite}"), caption, columns, lines, notes)
