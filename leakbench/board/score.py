@@ -51,14 +51,14 @@ def board_of(built: Sequence[Cell]) -> pd.DataFrame:
     frame = frame.sort_values(list(dict.fromkeys(order)), ascending=[k != "mean" for k in dict.fromkeys(order)])
     ordered = [built[number] for number in frame.index]
     frame = frame.reset_index(drop=True)
-    frame[list(TABLE_COLUMNS)] = _of_tables(ordered, group_ids(frame, (*TASK_KEYS, *DEFENSE_KEYS)).to_numpy())
+    frame[[*TABLE_COLUMNS]] = _of_tables(ordered, group_ids(frame, (*TASK_KEYS, *DEFENSE_KEYS)))
     carries_nothing = (frame["defense"] == _NOTHING) & (frame["target"] == "inputs")
     same_attack = group_ids(frame, (*TASK_KEYS, *ATTACK_KEYS))
     frame["empty"] = frame["mean"].where(carries_nothing).groupby(same_attack).transform("max")
     return frame
 
 
-def _of_tables(ordered: Sequence[Cell], tables: NDArray[np.int64]) -> NDArray[np.float64]:
+def _of_tables(ordered: Sequence[Cell], tables: pd.Series[int]) -> NDArray[np.float64]:
     """Return all of `TABLE_COLUMNS` but the last of every cell, with a column of NaN for that one.
 
     Args:
