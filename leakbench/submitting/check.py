@@ -186,7 +186,7 @@ def _reference_lacks(reference: str) -> str | None:
             "write `Reference: authors, title, venue, year, arXiv 1234.56789`, or `Reference: none; why there is none`"
         )
     backed = re.search(r"arXiv \d{4}\.\d{4,5}|doi 10\.|openreview \w{8}", reference) or re.match(
-        r"none; \w+", reference
+        r"none; \w+ \w+", reference
     )
     return None if backed else f"add an identifier (arXiv 1234.56789, doi 10.x/y, openreview ID) to: {reference[:120]}"
 

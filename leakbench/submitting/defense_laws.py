@@ -87,9 +87,10 @@ def trials_are_independent(cls: type[Defense]) -> None:
 
 def tensors_are_treated_alike_alone(cls: type[Defense]) -> str | None:
     """A tensorwise defense sends the same of a tensor with and without the others, and nothing unasked."""
+    for name, each in _blocks(cls):
+        if each.update(defense=cls(), names=[]) != {}:
+            raise Broken(f"{name}: sends tensors that were not asked for; return the keys of what you were given")
     block = BLOCKS["gradient"].under(cls())
-    if block.update(defense=cls(), names=[]) != {}:
-        raise Broken("sends tensors that were not asked for; return the keys of what you were given")
     if not cls().tensorwise:
         return "looks across tensors"
     for name, value in block.update(defense=cls()).items():

@@ -6,6 +6,7 @@ A law is given the class and returns None or a short remark. Where the law is br
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import sys
@@ -59,16 +60,19 @@ def parameters_are_data(cls: type[Entry]) -> None:
 
 def imports_public_names_only(cls: type[Entry]) -> None:
     """The file imports leakbench's public names and the libraries that a scoring machine has."""
-    public = set(__import__("leakbench").__all__)
+    public = {name: set(importlib.import_module(name).__all__) for name in ("leakbench", "leakbench.inversion")}
     for node in ast.walk(ast.parse(Path(inspect.getfile(cls)).read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         modules = [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             modules = [node.module or "."]
-            private = {alias.name for alias in node.names} - public if node.module == "leakbench" else set()
+            named = {alias.name for alias in node.names}
+            private = named - public.get(modules[0], named)
             if private:
-                raise Broken(f"line {node.lineno}: leakbench has no public {min(private)!r}; see: leakbench.__all__")
+                raise Broken(
+                    f"line {node.lineno}: {modules[0]} has no public {min(private)!r}; see: {modules[0]}.__all__"
+                )
         for module in modules:
             top = module.split(".")[0]
             if module in PUBLIC_MODULES or top in LIBRARIES or top in sys.stdlib_module_names:

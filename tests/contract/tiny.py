@@ -10,9 +10,8 @@ import leakbench_baselines
 
 from leakbench import Attack, Defense
 from leakbench.submitting.blocks import BLOCKS as PROTOCOLS
-from leakbench.submitting.blocks import BUDGET, PUBLIC_FACTS
 
-__all__ = ["BUDGET", "PROTOCOLS", "PUBLIC_FACTS", "entries", "leakbench_baselines"]
+__all__ = ["PROTOCOLS", "entries", "leakbench_baselines"]
 
 
 def entries(kind):
