@@ -176,17 +176,17 @@ def _table(rows: pd.DataFrame, every: Sequence[Cell]) -> LaneTable | None:
             values = [cell.mean(METRICS[name]) for cell in cells]
             line[key] = float(np.nanmean(values)) if not np.isnan(values).all() else np.nan
         # Every law of victims weighs as much as it has tasks; victims of one law are resampled.
-        parts = [
-            (edge["tasks"].iloc[0] / len(measured), edge["edge"].to_numpy(float)) for _, edge in edges.groupby("law")
+        strata = [
+            (own["tasks"].iloc[0] / len(measured), (edges["law"] == law).to_numpy())
+            for law, own in edges.groupby("law")
         ]
-        interval = stratified(parts)
+        interval = stratified([(weight, edges["edge"].to_numpy(float)[where]) for weight, where in strata])
         line |= {"edge": interval.mean, "edge_low": interval.low, "edge_high": interval.high}
         line |= dict.fromkeys(("rank_group", "rank_low", "rank_high", "detectable"), np.nan)
-        weighted = edges["edge"] * edges["tasks"] * (len(edges) / len(measured)) / edges["victims"]
-        built.append((line, weighted, of_tasks))
+        built.append((line, edges["edge"], of_tasks))
     built.sort(key=lambda item: (-item[0]["edge"], item[0]["attack_label"]))
     ran = [item for item in built if item[0]["covered"]]
-    for (line, *_), rank in zip(ran, rank_groups([series for _, series, _ in ran]), strict=True):
+    for (line, *_), rank in zip(ran, rank_groups([series for _, series, _ in ran], strata), strict=True):
         line["rank_group"] = rank
     never = [
         line | {"edge": np.nan, "edge_low": np.nan, "edge_high": np.nan} for line, *_ in built if not line["covered"]
@@ -224,7 +224,6 @@ class _Victims:
         lines = every[["law", "trial"]].assign(victim=self._victim).drop_duplicates("victim").sort_values("victim")
         lines.index = pd.Index([f"{law} {trial}" for law, trial in zip(lines["law"], lines["trial"], strict=True)])
         lines["tasks"] = lines["law"].map(every.groupby("law")["task"].nunique())
-        lines["victims"] = lines.groupby("law")["trial"].transform("size")
         self._lines = lines
 
     def edges(self, cells: list[Cell]) -> NDArray[np.float64]:
@@ -254,7 +253,7 @@ class _Victims:
         """Return the mean over tasks of what `edges` gives, victim by victim.
 
         Returns:
-            ``edge``, ``law``, ``tasks`` (of that law) and ``victims`` (of that law).
+            ``edge``, ``law`` and ``tasks`` (of that law).
         """
         means = pd.Series(edges).groupby(self._victim).mean()
         return self._lines.assign(edge=means.to_numpy())

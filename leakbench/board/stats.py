@@ -131,27 +131,41 @@ def paired(a: pd.Series[float], b: pd.Series[float]) -> NDArray[np.float64]:
     return np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
 
 
-def separable(a: pd.Series[float], b: pd.Series[float]) -> bool:
-    """Whether the paired difference of two entries, indexed by trial, is not zero at the level of `CONFIDENCE`."""
+Strata = Sequence[tuple[float, NDArray[np.bool_]]]
+"""Weight of each part of the trials, and which they are."""
+
+
+def separable(a: pd.Series[float], b: pd.Series[float], strata: Strata | None = None) -> bool:
+    """Whether the paired difference of two entries is not zero at the level of `CONFIDENCE`.
+
+    Args:
+        a: Values of one entry, indexed by trial.
+        b: Values of the other.
+        strata: Parts within which trials are resampled; then both entries have the same trials. None: one part.
+    """
     difference = paired(a, b)
     if len(difference) < MIN_PAIRS:
         return False
-    interval = bootstrap(difference, range(len(difference)))
+    if strata is None:
+        interval = bootstrap(difference, range(len(difference)))
+    else:
+        interval = stratified([(weight, difference[where]) for weight, where in strata])
     return interval.low > 0 or interval.high < 0
 
 
-def rank_groups(entries: Sequence[pd.Series[float]]) -> list[int]:
+def rank_groups(entries: Sequence[pd.Series[float]], strata: Strata | None = None) -> list[int]:
     """Return the rank group of every entry: 1 for the best and those that cannot be told from it, and so on.
 
     An entry that can be told from the leader of its group opens the next one and leads it.
 
     Args:
         entries: Values of each, indexed by trial, best first.
+        strata: See `separable`.
     """
     groups: list[int] = []
     leader = 0
     for i, values in enumerate(entries):
-        if i and separable(entries[leader], values):
+        if i and separable(entries[leader], values, strata):
             leader = i
         groups.append((groups[-1] + (leader == i)) if groups else 1)
     return groups

@@ -167,3 +167,17 @@ def test_rows_that_two_suites_share_count_for_both():
     assert board.loc[("two", "a"), ["tasks", "covered", "mean"]].tolist() == [2, 2, pytest.approx(0.8)]
     assert ("two", "b") not in board.index
     assert board.loc[("one", "b"), "tasks"] == 1
+
+
+def test_attacks_are_told_apart_within_laws_of_victims_as_their_intervals_are():
+    # b loses .1 on every victim of one task and wins .3 on every one of the other: .1 ahead, whichever are drawn. Drawn
+    # over both tasks together, the shares of the two would vary, and with them the difference.
+    parts = [
+        make([0.5] * 6, "a"),
+        make([0.5] * 6, "a", task=EIGHT),
+        make([0.4] * 6, "b"),
+        make([0.8] * 6, "b", task=EIGHT),
+    ]
+    board = by_attack(lanes(frame(*parts)))
+    assert board["b"]["edge"] - board["a"]["edge"] == pytest.approx(0.1 / 0.8)
+    assert (board["b"]["rank_group"], board["a"]["rank_group"]) == (1, 2)
