@@ -53,7 +53,7 @@ def _cells(data: Data) -> dict[tuple[str, str, str], str]:
 def _of_folder(folder: Path, cells: dict[tuple[str, str, str], str], data: Data) -> Iterator[Table]:
     """Yield the tables of a folder; a file that cannot be read is left out, as if it were not there."""
     paper = folder.name.removesuffix("-quick")
-    quick = " --quick" if paper != folder.name else ""
+    quick = " --quick" if paper != folder.name else " (or with --quick: fewer cells and trials)"
     command = f"Written by: leakbench reproduce {paper}{quick}"
     comparisons = f"{PATH}#{slug(f'comparisons-{folder.name}')}"
     for stem, key, columns in _FILES:
