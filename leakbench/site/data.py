@@ -77,12 +77,13 @@ class Data:
 
     @cached_property
     def board(self) -> pd.DataFrame:
-        """A line per cell: see `leakbench.board.score.cells`; with ``id`` and a few facts of the task."""
+        """A line per cell: see `leakbench.board.score.cells`; with ``id``, ``badge`` and a few facts of the task."""
         board = board_of(self.cells)
         ids = [cell_id([line[key] for key in CELL_KEYS]) for line in board[list(CELL_KEYS)].to_dict("records")]
         facts = self.rows.drop_duplicates("task_hash").set_index("task_hash")
         told = {key: facts[key].astype(object).to_dict() for key in ("architecture", "stage", "batch_size")}
-        return board.assign(id=ids, **{key: board["task_hash"].map(values) for key, values in told.items()})
+        board = board.assign(id=ids, **{key: board["task_hash"].map(values) for key, values in told.items()})
+        return board.assign(badge=board["id"].map(self.badge))
 
     @cached_property
     def cell(self) -> dict[str, Cell]:

@@ -23,7 +23,7 @@ from leakbench.submitting.seal import SEAL, broken_seal
 from leakbench.suites import read_yaml
 
 BADGES = {
-    "claimed": "measured by whoever submitted it, or with a public key, or not sealed: shown to its author only",
+    "claimed": "measured by whoever submitted it, or with a public key, or not sealed: for development, no record",
     "rerun": "measured by the project: sealed, in a secret season, in bwrap or a container, from a clean checkout",
     "confirmed": "rerun, and an author of the entry agrees that it is their method as they mean it",
     "reproduced": "rerun, and measured again on another kind of machine, every number within its tolerance",

@@ -394,3 +394,11 @@ def test_the_works_of_entries_with_rows_can_be_cited(site):
     assert "@misc{attack_llg,\n  author        = {Wainakh and " in cited
     assert "@misc{attack_rtf" not in cited  # has no rows
     assert "@misc{attack_llg," in (site / "attacks/llg.html").read_text()
+
+
+def test_every_cell_has_its_badge_and_what_it_means(site):
+    badges = [re.search(r"<p>Badge <b>(.+?)</b>: (.+?)</p>", path.read_text()) for path in site.glob("cells/*/*.html")]
+    assert badges
+    assert {match[1] for match in badges} == {"claimed"}  # no seal
+    assert all(match[2].startswith("measured by whoever submitted it") for match in badges)
+    assert "claimed" in (site / "index.html").read_text()

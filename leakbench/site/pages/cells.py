@@ -15,6 +15,7 @@ from leakbench.board.lanes import EXACT
 from leakbench.site.data import Data, attack_page, cell_page, defense_page, short_label, task_page
 from leakbench.site.page import Page
 from leakbench.stage import IN_TRAINING
+from leakbench.submitting.badges import BADGES
 
 PROVENANCE = (
     *("suite", "leakbench_version", "git_sha", "git_dirty", "code_sha256", "attack_source_sha256"),
@@ -55,6 +56,8 @@ def pages(data: Data) -> Iterator[Page]:
         run += ["--in-training", "RUN"] if first["stage"] == IN_TRAINING else []
         context = {
             "line": line,
+            "badge": data.badge[name],
+            "meaning": BADGES[data.badge[name].removesuffix(" disputed")],
             "links": {
                 "task": task_page(cell.keys["task"], cell.keys["task_hash"]),
                 "attack": attack_page(cell.keys["attack"]),

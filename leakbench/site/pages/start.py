@@ -24,7 +24,9 @@ def pages(data: Data) -> Iterator[Page]:
         left -= len(found)
         tables = [lane_table(data, table, f"{board.short.lower()}-{i}", FIRST) for i, table in enumerate(found)]
         boards.append({"path": board.path, "title": board.title, "text": board.text, "tables": tables})
+    badges = data.board["badge"].value_counts()
     counts = {
+        "badges": ", ".join(f"{count:,} {badge}" for badge, count in badges.items()),
         "rows": len(data.rows),
         "tasks": data.rows["task_hash"].nunique(),
         "attacks": data.board["attack"].nunique(),

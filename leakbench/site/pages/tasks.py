@@ -73,6 +73,7 @@ def cell_table(part: pd.DataFrame, name: str, *, by: str, caption: str | None = 
         *(Column(key.replace("_", " "), True, note=_direction(key)) for key in few),
         Column("trials", True, note="succeeded of all"),
         Column("seconds", True, note="per trial"),
+        Column("badge", choose=True),
     ]
     lines = []
     for line in part.to_dict("records"):
@@ -96,6 +97,7 @@ def cell_table(part: pd.DataFrame, name: str, *, by: str, caption: str | None = 
             *(number(line[key], 2, here) for key in few),
             Value(_trials(line), float(line["ok"]), here),
             Value("–" if pd.isna(line["seconds"]) else f"{line['seconds']:.3g}", line["seconds"], here),
+            Value(line["badge"], href=here),
         ]
         lines.append(Line(values, line["id"], 0 if pd.isna(line["rank_group"]) else int(line["rank_group"])))
     notes = []
