@@ -11,9 +11,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from leakbench.board.columns import ATTACK_KEYS, DEMONSTRATION_DATASETS, Cell
-from leakbench.board.ranks import detectable, differences, rank_intervals, replicates
+from leakbench.board.ranks import detectable, differences, groups, rank_intervals, replicates
 from leakbench.board.score import build_cells, group_ids, plain
-from leakbench.board.stats import rank_groups, stratified
+from leakbench.board.stats import MIN_PAIRS, ends
 from leakbench.metrics import METRICS, headline
 from leakbench.tasks import local_batches
 
@@ -24,18 +24,19 @@ an attack that another suite does not name is no worse for it."""
 LANE_COLUMNS = {
     "attack_label": "attack with its notable parameters",
     "tasks": "undefended tasks of this lane and stage",
-    "covered": "those on which the attack ran; on the others it counts as chance or floor",
+    "covered": "those on which it came to a result; on the others it counts as chance or floor",
     "mean": "mean of the ranking metric over the covered tasks, each with equal weight",
     "reference": "mean chance (labels, inference) or floor (inputs) of these",
     "edge": "labels, inference: (value - chance) / (1 - chance), at least -1, over tasks; inputs: gain over the floor, "
     "dB",
-    "edge_low": "lower end of its 95% interval; victims that tasks share are resampled together",
+    "edge_low": "lower end of its 95% interval: victims and tasks are resampled, those that tasks share together",
     "edge_high": "upper end of its 95% interval",
     "exact": "mean share of exact label counts, or of recovered images, or mean bits, over the covered tasks",
     "detected": "mean share of trials in which clients' plain checks would notice what was planted; null: nothing was",
     "inserted": "module that the attack had inserted in front of the net; null: none",
-    "rank_group": "1 for the best attack and those that cannot be told from it; null: ran on no task",
-    "rank_low": "lower end of the 95% interval of the rank, with tasks resampled as well as victims",
+    "rank_group": "1 for the best attack and those that cannot be told from it; null: not ranked, as it covers fewer "
+    "than half of the tasks, or there are fewer than 6 victims",
+    "rank_low": "lower end of the 95% interval of the rank",
     "rank_high": "upper end",
     "detectable": "difference in edge between two attacks that the table detects on such tasks (80% power, 5% level)",
 }
@@ -160,57 +161,61 @@ def _table(rows: pd.DataFrame, every: Sequence[Cell]) -> LaneTable | None:
     built = []
     for _, part in rows.groupby(group_ids(rows, ATTACK_KEYS)):
         cells = by_attack.get(tuple(plain(part[key].iloc[0]) for key in ATTACK_KEYS), [])
-        of_tasks = victims.edges(cells)
-        edges = victims.over_tasks(of_tasks)
+        edges = victims.edges(cells)
         line = keys | {key: part[key].iloc[0] for key in ATTACK_KEYS}
         line |= {
             "attack_label": part["attack_label"].iloc[0],
             "tasks": len(measured),
-            "covered": len({cell.keys["task_hash"] for cell in cells}),
+            "covered": len({cell.keys["task_hash"] for cell in cells if (cell.rows["status"] == "ok").any()}),
             "mean": float(np.mean([cell.mean(cell.metric) for cell in cells])) if cells else np.nan,
             "reference": float(np.mean([cell.chance for cell in cells])) if cells else np.nan,
+            "edge": victims.over_tasks(edges),
         }
         inserted = part["inserted"].dropna()
         line["inserted"] = None if inserted.empty else inserted.iloc[0]
         for key, name in (("exact", EXACT[str(keys["target"])]), ("detected", "detected")):
             values = [cell.mean(METRICS[name]) for cell in cells]
             line[key] = float(np.nanmean(values)) if not np.isnan(values).all() else np.nan
-        # Every law of victims weighs as much as it has tasks; victims of one law are resampled.
-        strata = [
-            (own["tasks"].iloc[0] / len(measured), (edges["law"] == law).to_numpy())
-            for law, own in edges.groupby("law")
-        ]
-        interval = stratified([(weight, edges["edge"].to_numpy(float)[where]) for weight, where in strata])
-        line |= {"edge": interval.mean, "edge_low": interval.low, "edge_high": interval.high}
-        line |= dict.fromkeys(("rank_group", "rank_low", "rank_high", "detectable"), np.nan)
-        built.append((line, edges["edge"], of_tasks))
-    built.sort(key=lambda item: (-item[0]["edge"], item[0]["attack_label"]))
-    ran = [item for item in built if item[0]["covered"]]
-    for (line, *_), rank in zip(ran, rank_groups([series for _, series, _ in ran], strata), strict=True):
-        line["rank_group"] = rank
-    never = [
-        line | {"edge": np.nan, "edge_low": np.nan, "edge_high": np.nan} for line, *_ in built if not line["covered"]
-    ]
+        line |= dict.fromkeys(("edge_low", "edge_high", "rank_group", "rank_low", "rank_high", "detectable"), np.nan)
+        built.append((line, edges))
+    # An attack that ran on fewer than half of the tasks would be ranked for what it left out.
+    built.sort(key=lambda item: (2 * item[0]["covered"] < len(measured), -item[0]["edge"], item[0]["attack_label"]))
+    ran = [(line, edges) for line, edges in built if line["covered"]]
+    never = [line | {"edge": np.nan} for line, _ in built if not line["covered"]]
     low = high = np.zeros((0, 0))
     if ran:
-        means = victims.replicates(np.stack([of_tasks for *_, of_tasks in ran], axis=1))
-        low, high = differences(means)
-        ranks = rank_intervals(means)
-        for (line, *_), first, last in zip(ran, ranks["low"], ranks["high"], strict=True):
-            line |= {"rank_low": first, "rank_high": last, "detectable": detectable(means)}
-    return LaneTable([*(line for line, *_ in ran), *never], low, high, frozenset(map(str, measured)))
+        means = victims.replicates(np.stack([edges for _, edges in ran], axis=1))
+        for (line, _), own in zip(ran, means.T, strict=True):
+            line["edge_low"], line["edge_high"] = ends(own) if victims.several else (np.nan, np.nan)
+        ranked = [line for line, _ in ran if 2 * line["covered"] >= len(measured)]
+        if ranked and victims.count >= MIN_PAIRS:
+            means = means[:, : len(ranked)]
+            low, high = differences(means)
+            ranks = rank_intervals(means)
+            for line, group, first, last in zip(ranked, groups(low), ranks["low"], ranks["high"], strict=True):
+                line |= {"rank_group": group, "rank_low": first, "rank_high": last, "detectable": detectable(means)}
+    return LaneTable([*(line for line, _ in ran), *never], low, high, frozenset(map(str, measured)))
 
 
 def _victims(part: pd.DataFrame) -> pd.DataFrame:
-    """Return the victims of a task by draw and trial, with the law they are drawn by."""
-    first = part.iloc[0]
+    """Return the victims of a task by draw and trial, with the law they are drawn by.
+
+    They are those that more than half of its attacks were planned on: what one attack tried beyond or left out moves
+    no other.
+    """
+    known = part[part["dataset_fingerprint"].notna()]
+    first = (known if len(known) else part).iloc[0]
     batches = local_batches(first["batches"], first["local_steps"], first["batches_per_epoch"])
     law = repr((*(str(first[key]) for key in _VICTIM), int(batches), int(first["clients"])))
-    return part[["draw", "trial"]].drop_duplicates().assign(law=law)
+    attacks = group_ids(part, ATTACK_KEYS)
+    planned = part[["draw", "trial"]].assign(attack=attacks).drop_duplicates()
+    counts = planned.groupby(["draw", "trial"]).size()
+    usual = counts[2 * counts > attacks.nunique()]
+    return (usual if len(usual) else counts).index.to_frame(index=False).assign(law=law)
 
 
 class _Victims:
-    """The victims of a lane's tasks: one line per task, draw and trial, and one per victim and law.
+    """The victims of a lane's tasks: one line per task, draw and trial.
 
     Args:
         drawn: What `_victims` returns, by task.
@@ -221,13 +226,16 @@ class _Victims:
         every = pd.concat([part.assign(task=task) for task, part in drawn.items()])
         self._tasks, self._laws = every["task"].tolist(), every["law"].tolist()
         self._victim = every.groupby(["law", "trial"]).ngroup().to_numpy()
-        lines = every[["law", "trial"]].assign(victim=self._victim).drop_duplicates("victim").sort_values("victim")
-        lines.index = pd.Index([f"{law} {trial}" for law, trial in zip(lines["law"], lines["trial"], strict=True)])
-        lines["tasks"] = lines["law"].map(every.groupby("law")["task"].nunique())
-        self._lines = lines
+        self.count = len(set(self._victim.tolist()))
+        """Distinct victims."""
+
+    @property
+    def several(self) -> bool:
+        """Whether there is anything to resample."""
+        return self.count > 1 or len(self._index) > 1
 
     def edges(self, cells: list[Cell]) -> NDArray[np.float64]:
-        """Return the edge of an attack on every task, draw and trial.
+        """Return the edge of an attack on every task, draw and trial, (N,).
 
         Args:
             cells: The attack's; on tasks without one, and on victims that it did not try, its edge is 0.
@@ -235,28 +243,21 @@ class _Victims:
         known = {cell.keys["task_hash"]: cell for cell in cells}
         parts = []
         for task, index in self._index.items():
-            edges = pd.Series(0.0, index=index)
+            edges: NDArray[Any] = np.zeros(len(index))
             if task in known:
                 cell = known[task]
                 gap = cell.by_trial - cell.chance
                 if cell.metric.target != "inputs":
                     # Where chance is .89, naming a few classes of many gives -8: one task would decide all.
                     gap = (gap / (1 - cell.chance)).clip(lower=-1)
-                if gap.index.equals(index):
-                    edges = gap
-                else:
-                    edges.loc[gap.index] = gap
-            parts.append(edges.to_numpy())
+                same = gap.index.equals(index)
+                edges = (gap if same else gap.reindex(index, fill_value=0.0)).to_numpy(np.float64)
+            parts.append(edges)
         return np.concatenate(parts)
 
-    def over_tasks(self, edges: NDArray[np.float64]) -> pd.DataFrame:
-        """Return the mean over tasks of what `edges` gives, victim by victim.
-
-        Returns:
-            ``edge``, ``law`` and ``tasks`` (of that law).
-        """
-        means = pd.Series(edges).groupby(self._victim).mean()
-        return self._lines.assign(edge=means.to_numpy())
+    def over_tasks(self, edges: NDArray[np.float64]) -> float:
+        """Return the mean over tasks, each with equal weight, of what `edges` gives."""
+        return float(pd.Series(edges).groupby(pd.factorize(np.array(self._tasks))[0]).mean().mean())
 
     def replicates(self, edges: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the means of attacks (N, A), as `edges` gives each, in resamples of victims and tasks (R, A)."""

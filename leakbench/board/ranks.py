@@ -103,6 +103,23 @@ def differences(means: Floats) -> tuple[Floats, Floats]:
     return low, high
 
 
+def groups(low: Floats) -> list[int]:
+    """Return the rank group of every entry: 1 for the best and those that cannot be told from it, and so on.
+
+    An entry that can be told from the leader of its group opens the next one and leads it.
+
+    Args:
+        low: (A, A) lower ends of differences as `differences` gives them, the best entry first.
+    """
+    found: list[int] = []
+    leader = 0
+    for entry in range(len(low)):
+        if low[leader, entry] > 0:
+            leader = entry
+        found.append((found[-1] + (leader == entry)) if found else 1)
+    return found
+
+
 def detectable(means: Floats) -> float:
     """Return the difference to the first entry that the table detects with 80% power at 5%: a median over entries."""
     deviations = (means[:, [0]] - means[:, 1:]).std(axis=0)

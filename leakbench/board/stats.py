@@ -107,22 +107,6 @@ def _kept(count: int, *names: object) -> NDArray[np.float64]:
     return weights
 
 
-def stratified(parts: Sequence[tuple[float, NDArray[np.float64]]]) -> Interval:
-    """Return a weighted sum of means with its percentile interval, resampling within each part.
-
-    Args:
-        parts: Weight, and (n,) values of one part; values of different parts are independent.
-    """
-    mean = sum(weight * float(values.mean()) for weight, values in parts)
-    if any(len(values) < 2 for _, values in parts):
-        return Interval(mean, np.nan, np.nan)
-    means = [
-        np.concatenate([drawn @ values for drawn in resamples(len(values), "part", number)]) * (weight / len(values))
-        for number, (weight, values) in enumerate(parts)
-    ]
-    return Interval(mean, *ends(np.sum(means, axis=0)))
-
-
 def paired(a: pd.Series[float], b: pd.Series[float]) -> NDArray[np.float64]:
     """Return a - b on their common trials, (n,); both are indexed by trial, each of which occurs once."""
     if a.index is not b.index and not a.index.equals(b.index):
@@ -131,43 +115,33 @@ def paired(a: pd.Series[float], b: pd.Series[float]) -> NDArray[np.float64]:
     return np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
 
 
-Strata = Sequence[tuple[float, NDArray[np.bool_]]]
-"""Weight of each part of the trials, and which they are."""
-
-
-def separable(a: pd.Series[float], b: pd.Series[float], strata: Strata | None = None) -> bool:
-    """Whether the paired difference of two entries is not zero at the level of `CONFIDENCE`.
-
-    Args:
-        a: Values of one entry, indexed by trial.
-        b: Values of the other.
-        strata: Parts within which trials are resampled; then both entries have the same trials. None: one part.
-    """
+def separable(a: pd.Series[float], b: pd.Series[float]) -> bool:
+    """Whether the paired difference of two entries, indexed by trial, is not zero at the level of `CONFIDENCE`."""
     difference = paired(a, b)
     if len(difference) < MIN_PAIRS:
         return False
-    if strata is None:
-        interval = bootstrap(difference, range(len(difference)))
-    else:
-        interval = stratified([(weight, difference[where]) for weight, where in strata])
+    interval = bootstrap(difference, range(len(difference)))
     return interval.low > 0 or interval.high < 0
 
 
-def rank_groups(entries: Sequence[pd.Series[float]], strata: Strata | None = None) -> list[int]:
+def rank_groups(entries: Sequence[pd.Series[float]]) -> list[float]:
     """Return the rank group of every entry: 1 for the best and those that cannot be told from it, and so on.
 
-    An entry that can be told from the leader of its group opens the next one and leads it.
+    An entry that can be told from the leader of its group opens the next one and leads it. One of fewer than
+    `MIN_PAIRS` trials is in none: NaN.
 
     Args:
         entries: Values of each, indexed by trial, best first.
-        strata: See `separable`.
     """
-    groups: list[int] = []
-    leader = 0
-    for i, values in enumerate(entries):
-        if i and separable(entries[leader], values, strata):
-            leader = i
-        groups.append((groups[-1] + (leader == i)) if groups else 1)
+    groups: list[float] = []
+    leader, group = None, 0
+    for values in entries:
+        if len(values) < MIN_PAIRS:
+            groups.append(np.nan)
+            continue
+        if leader is None or separable(leader, values):
+            leader, group = values, group + 1
+        groups.append(float(group))
     return groups
 
 

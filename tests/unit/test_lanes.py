@@ -11,12 +11,14 @@ from board_rows import INPUTS, LABELS, frame, make
 from rich.console import Console
 
 from leakbench.board import render
-from leakbench.board.lanes import LANE_COLUMNS, lanes
+from leakbench.board.lanes import LANE_COLUMNS, lane_tables, lanes
+from leakbench.board.ranks import replicates
 from leakbench.board.score import cells
-from leakbench.board.stats import RESAMPLES, stratified
-from leakbench.tasks import BatchSpec
+from leakbench.board.stats import RESAMPLES, ends
+from leakbench.tasks import Architecture, BatchSpec
 
 EIGHT = LABELS.model_copy(update={"batch": BatchSpec(size=8)})
+OTHER_NET = LABELS.model_copy(update={"architecture": Architecture(name="lenet5")})
 DEEP = LABELS.model_copy(update={"stage": "converged"})
 
 
@@ -107,16 +109,15 @@ def test_attacks_that_differ_on_every_victim_are_in_different_groups_and_equal_o
     assert groups == {"best": 1, "middle": 2, "as_good": 2, "worst": 3}
 
 
-def test_the_interval_covers_the_mean_at_its_level():
+def test_the_interval_covers_the_mean_over_tasks_like_these_at_its_level():
     rng = np.random.default_rng(1)
+    tasks, victims = np.repeat(np.arange(15), 8), np.tile(np.arange(8), 15)
     hits = 0
-    for _ in range(300):
-        parts = [(0.25, rng.normal(1, 1, 30)), (0.75, rng.normal(2, 2, 40))]
-        interval = stratified(parts)
-        hits += interval.low <= 0.25 * 1 + 0.75 * 2 <= interval.high
-        assert interval.mean == pytest.approx(0.25 * parts[0][1].mean() + 0.75 * parts[1][1].mean())
-    assert 0.9 < hits / 300 < 0.98
-    assert np.isnan(stratified([(1.0, np.array([3.0]))]).low)
+    for _ in range(100):
+        values = rng.normal(2, 1, 15)[tasks] + rng.normal(0, 1, len(tasks))
+        low, high = ends(replicates(values[:, None], tasks.tolist(), victims.tolist(), tasks.tolist())[:, 0])
+        hits += low <= 2 <= high
+    assert 0.86 < hits / 100 < 0.99
     assert RESAMPLES >= 1000
 
 
@@ -169,15 +170,64 @@ def test_rows_that_two_suites_share_count_for_both():
     assert board.loc[("one", "b"), "tasks"] == 1
 
 
-def test_attacks_are_told_apart_within_laws_of_victims_as_their_intervals_are():
-    # b loses .1 on every victim of one task and wins .3 on every one of the other: .1 ahead, whichever are drawn. Drawn
-    # over both tasks together, the shares of the two would vary, and with them the difference.
+def test_edges_are_means_over_tasks_also_where_these_share_only_some_victims():
+    # Both tasks draw the same victims; one has 32 of them, the other 16.
     parts = [
-        make([0.5] * 6, "a"),
-        make([0.5] * 6, "a", task=EIGHT),
-        make([0.4] * 6, "b"),
-        make([0.8] * 6, "b", task=EIGHT),
+        make([0.9] * 32, "a"),
+        make([0.3] * 16, "a", task=OTHER_NET),
+    ]
+    parts += [
+        make([0.2] * 32, "b"),
+        make([0.2] * 16, "b", task=OTHER_NET),
     ]
     board = by_attack(lanes(frame(*parts)))
-    assert board["b"]["edge"] - board["a"]["edge"] == pytest.approx(0.1 / 0.8)
-    assert (board["b"]["rank_group"], board["a"]["rank_group"]) == (1, 2)
+    assert board["a"]["tasks"] == 2
+    assert board["a"]["edge"] == pytest.approx((0.7 + 0.1) / 2 / 0.8)
+
+
+def test_trials_of_one_attack_alone_move_no_other():
+    parts = [make([0.6] * 8, "a"), make([0.5] * 8, "b"), make([0.2] * 8, "c")]
+    plain = by_attack(lanes(frame(*parts)))
+    more = by_attack(lanes(frame(*parts[:2], make([0.2] * 64, "c"))))
+    fewer = by_attack(lanes(frame(*parts[:2], make([0.2] * 2, "c"))))
+    for name in "ab":
+        assert plain[name]["edge"] == more[name]["edge"] == fewer[name]["edge"]
+        assert plain[name]["rank_group"] == more[name]["rank_group"] == fewer[name]["rank_group"]
+
+
+def test_who_fails_or_declines_most_tasks_is_not_ranked_for_it():
+    parts = [make([0.1] * 8, "a"), make([0.1] * 8, "a", task=EIGHT)]
+    crashed = [make([None] * 8, "crashes"), make([None] * 8, "crashes", task=EIGHT)]
+    third = LABELS.model_copy(update={"batch": BatchSpec(size=4)})
+    board = lanes(frame(*parts, make([0.1] * 8, "a", task=third), *crashed, make([0.9] * 8, "picks")))
+    assert board["attack"].tolist() == ["a", "picks", "crashes"]
+    lines = by_attack(board)
+    assert lines["a"]["rank_group"] == 1
+    assert [lines[name]["covered"] for name in ("picks", "crashes")] == [1, 0]
+    assert np.isnan([lines[name]["rank_group"] for name in ("picks", "crashes")]).all()
+    assert np.isnan(lines["crashes"]["edge"])
+    assert lines["picks"]["edge"] == pytest.approx(0.7 / 0.8 / 3)
+
+
+def test_fewer_victims_than_any_test_needs_give_no_rank():
+    few = by_attack(lanes(frame(make([1.0] * 5, "a"), make([0.0] * 5, "b"))))
+    assert np.isnan([few["a"][key] for key in ("rank_group", "rank_low", "detectable")]).all()
+    enough = by_attack(lanes(frame(make([1.0] * 6, "a"), make([0.0] * 6, "b"))))
+    assert (enough["a"]["rank_group"], enough["b"]["rank_group"]) == (1, 2)
+
+
+def test_a_table_agrees_with_itself():
+    rng = np.random.default_rng(3)
+    parts = [
+        make(list(rng.uniform(0.2, 0.4 + 0.05 * i, 16)), f"a{i}", task=task)
+        for i in range(6)
+        for task in (LABELS, EIGHT, LABELS.model_copy(update={"batch": BatchSpec(size=4)}))
+    ]
+    (table,) = lane_tables(frame(*parts))
+    leader = 0
+    for i, line in enumerate(table.lines):
+        assert line["edge_low"] <= line["edge"] <= line["edge_high"]
+        opens = bool(table.low[leader, i] > 0)  # what the comparison of two attacks shows
+        assert line["rank_group"] == table.lines[leader]["rank_group"] + opens
+        leader = i if opens else leader
+    assert len({line["rank_group"] for line in table.lines}) > 1
