@@ -168,9 +168,10 @@ def drift(then: Path, now: Path, as_json: bool) -> int:
 def guard(base: str, head: str, actor: str, place: bool, github_output: Path | None, as_json: bool) -> int:
     """Say what the change from commit BASE to HEAD is: a submission, rows, or a change of leakbench itself.
 
-    A submission adds or changes one entry file and its test data, and nothing else. Rows come from the scoring identity
-    (.github/scorers.txt of BASE) and come alone. Exits with 1 where a change is neither that nor leaves rows alone.
-    Nothing of HEAD is run or checked out.
+    The change is what merging HEAD into BASE does. A submission adds one entry file and its test data, and nothing
+    else; a revision changes an entry that is there and raises its version. Rows come from the scoring identity
+    (.github/scorers.txt of BASE) and come alone. Exits with 1 where a change is refused. Nothing of HEAD is run or
+    checked out.
     """
     from leakbench.submitting.guard import guard, place_entry
 

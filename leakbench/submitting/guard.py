@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -15,12 +16,11 @@ from leakbench.submitting.check import MOST_BYTES
 
 ENTRY = re.compile(r"baselines/(attacks|defenses)/([a-z][a-z0-9_]{0,48})\.py")
 DATA = re.compile(r"tests/data/([a-z][a-z0-9_]{0,48})/[A-Za-z0-9][A-Za-z0-9_.-]*\.(json|csv|yaml|txt)")
-ROWS = re.compile(r"results/.+")
 SCORERS = ".github/scorers.txt"
 MOST_DATA = 1 << 20
 """Most bytes of all test data together: enough for reference values, too little for a table of answers."""
 
-ChangeKind = Literal["submission", "rows", "core", "nothing"]
+ChangeKind = Literal["submission", "revision", "rows", "core", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Guarded:
     """What a change is.
 
     Args:
-        kind: ``submission``: one entry; ``rows``: results; ``core``: anything else, for another review; ``nothing``.
-        entry: Path of the entry of a submission.
+        kind: ``submission``: one new entry; ``revision``: one that is here already; ``rows``: results; ``core``:
+            anything else, for another review; ``nothing``.
+        entry: Path of the entry of a submission or a revision.
         name: Its name.
         problems: Why it is refused.
         files: Every path.
@@ -70,6 +71,7 @@ class Guarded:
         """Return it as lines."""
         what = {
             "submission": f"a submission of {self.entry}",
+            "revision": f"a revision of {self.entry}, which is here already: reviewed by maintainers before it is run",
             "rows": "rows of results",
             "core": "a change of leakbench itself: reviewed by maintainers, not evaluated as a submission",
             "nothing": "no change",
@@ -78,7 +80,7 @@ class Guarded:
 
 
 def guard(repository: Path, base: str, head: str, *, actor: str = "") -> Guarded:
-    """Classify what ``head`` changes since it left ``base``.
+    """Classify what merging ``head`` into ``base`` changes in ``base``.
 
     Args:
         repository: Checkout or bare repository that holds both commits.
@@ -87,31 +89,92 @@ def guard(repository: Path, base: str, head: str, *, actor: str = "") -> Guarded
         actor: Who asks, as the platform tells it; never read from the commits, where anyone can be written.
 
     Raises:
-        UserError: A commit is not known here.
+        UserError: A commit is not known here, or the two have no history in common.
     """
     first, last = (_commit(repository, name) for name in (base, head))
-    changes = list(_changes(repository, first, last))
+    merged, problems = _merged(repository, first, last)
+    changes = list(_changes(repository, first, merged))
     paths = [change.path for change in changes]
-    found = Guarded("core" if changes else "nothing", last, files=paths)
-    rows = [path for path in paths if ROWS.fullmatch(path)]
+    found = Guarded("core" if changes else "nothing", last, problems=problems, files=paths)
+    # A file system that ignores case takes Results/ for results/; what does not print could hide either.
+    rows = [path for path in paths if path.split("/")[0].casefold() == "results"]
+    found.problems += [f"{path!a}: expected a name of printable characters" for path in paths if not path.isprintable()]
     entries = [change for change in changes if ENTRY.fullmatch(change.path)]
     if rows:
         found.kind = "rows"
         if actor not in _scorers(repository, first):
+            who = actor or "an unnamed actor"
             found.problems.append(
-                f"{rows[0]}: rows are written by the scoring identity only, not by {actor or 'an unnamed actor'}; "
+                f"{_shown(rows[0])}: rows are written by the scoring identity only, not by {who}; "
                 "leave results/ as it is, the project runs your entry itself"
             )
         if others := [path for path in paths if path not in rows]:
-            found.problems.append(f"{others[0]}: rows come in a change of their own")
+            found.problems.append(f"{_shown(others[0])}: rows come in a change of their own")
         return found
     others = [path for path in paths if not ENTRY.fullmatch(path) and not DATA.fullmatch(path)]
     if len(entries) == 1 and not others:
         (entry,) = entries
-        found.kind, found.entry, found.blob = "submission", entry.path, entry.blob
+        new = all(change.status == "A" for change in changes)
+        found.kind, found.entry, found.blob = "submission" if new else "revision", entry.path, entry.blob
         found.name = Path(entry.path).stem
         found.problems += _submission(repository, changes, entry)
+        if entry.status == "M" and entry.mode == "100644":
+            found.problems += _unraised(repository, first, entry)
     return found
+
+
+def _shown(path: str) -> str:
+    return path if path.isprintable() else ascii(path)
+
+
+def _merged(repository: Path, base: str, head: str) -> tuple[str, list[str]]:
+    """Return the tree that merging gives and what keeps it from being one that can be relied on.
+
+    What head changed since it left base is not what merging does: where the two met more than once, head may hold as
+    its own what base has replaced.
+    """
+    met = _run(repository, "merge-base", "--all", base, head, fine=(0, 1)).split()
+    if not met:
+        raise UserError("the two commits have no history in common; branch off the base and apply the change there")
+    problems = []
+    if len(met) > 1:
+        problems.append(f"its history and the base's met {len(met)} times; apply the change to the base as one commit")
+    tree, *conflicts = (
+        _run(repository, "merge-tree", "--write-tree", "--name-only", "--no-messages", "-z", base, head, fine=(0, 1))
+        .decode(errors="surrogateescape")
+        .rstrip("\0")
+        .split("\0")
+    )
+    if conflicts:
+        problems.append(f"{_shown(conflicts[0])}: conflicts with the base; rebase onto it")
+    return tree, problems
+
+
+def _unraised(repository: Path, base: str, entry: Change) -> Iterator[str]:
+    """Yield what is wrong with the version of a changed entry, read from the text alone."""
+    before = _versions(_run(repository, "show", f"{base}:{entry.path}"))
+    after = _versions(_run(repository, "cat-file", "blob", entry.blob))
+    if not after:
+        yield f'{entry.path}: no version can be read; write @register("{Path(entry.path).stem}", version=2)'
+    elif before and max(after) <= max(before):
+        yield f"{entry.path}: version {max(after)}, expected more than {max(before)}: a changed entry raises `version`"
+
+
+def _versions(source: bytes) -> list[int]:
+    """Return the numbers given as ``version`` to ``@register`` in a source."""
+    try:
+        tree = ast.parse(source[: MOST_BYTES + 1])
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    calls = [
+        decorator
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "register"
+    ]
+    words = [word.value for call in calls for word in call.keywords if word.arg == "version"]
+    return [w.value for w in words if isinstance(w, ast.Constant) and type(w.value) is int]
 
 
 def _submission(repository: Path, changes: list[Change], entry: Change) -> Iterator[str]:
@@ -146,7 +209,7 @@ def place_entry(repository: Path, found: Guarded) -> Path:
     Raises:
         UserError: The change is no submission.
     """
-    if found.kind != "submission" or found.entry is None or found.blob is None:
+    if found.kind not in ("submission", "revision") or found.entry is None or found.blob is None:
         raise UserError(f"--place: expected a submission, got {found.lines()[0]}")
     path = repository / found.entry
     if path.is_symlink() or not path.parent.is_dir():
@@ -173,8 +236,8 @@ def _commit(repository: Path, name: str) -> str:
 
 
 def _changes(repository: Path, base: str, head: str) -> Iterator[Change]:
-    """Yield every path that differs between head and where it left base; renames are a removal and an addition."""
-    raw = _run(repository, "diff", "--raw", "-z", "--no-renames", "--no-abbrev", f"{base}...{head}").decode(
+    """Yield every path that differs between two trees; renames are a removal and an addition."""
+    raw = _run(repository, "diff-tree", "-r", "--raw", "-z", "--no-renames", "--no-abbrev", base, head).decode(
         errors="surrogateescape"
     )
     fields = raw.split("\0")
@@ -187,13 +250,13 @@ def _git(repository: Path, *arguments: str, name: str = "") -> str:
     return _run(repository, *arguments, name=name).decode().strip()
 
 
-def _run(repository: Path, *arguments: str, name: str = "") -> bytes:
+def _run(repository: Path, *arguments: str, name: str = "", fine: tuple[int, ...] = (0,)) -> bytes:
     git = shutil.which("git")
     if git is None:
         raise UserError("leakbench guard needs git")
     command = [git, "-C", str(repository), "-c", "core.quotePath=false", *arguments]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)  # noqa: S603
-    if done.returncode:
+    if done.returncode not in fine:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         raise UserError(f"git: {said[-1] if said else f'no commit {name} here; fetch it first'}")
     return done.stdout
