@@ -83,7 +83,7 @@ def compact(runs: Sequence[Path], out: Path) -> Compacted:
             jobs = {(job.season, job.job_id): job for run in runs for job in job_files(run / folder)}
             _keeps([(job.season, job.job_id) for job in job_files(out / folder)], jobs, out)
             if jobs:
-                table = _joined(jobs.values(), [command for run in runs for command in _commands(run / folder)])
+                table = _joined(jobs.values(), [command for run in runs for command in commands(run / folder)])
                 write_parquet(table, out / folder / COMPACTED)
                 done.jobs[kind], done.rows[kind] = len(jobs), len(table)
         done.pictures = _pictures(runs, out)
@@ -119,7 +119,7 @@ def _joined(wanted: Iterable[JobFile], commands: Sequence[str]) -> pa.Table:
     return pa.concat_tables([table for _, table in parts]).combine_chunks().replace_schema_metadata(notes)
 
 
-def _commands(store: Path) -> list[str]:
+def commands(store: Path) -> list[str]:
     """Return what was typed for the rows of a store: those of its compacted file, and of its last plan."""
     try:
         planned = [str(json.loads((store / "plan.json").read_bytes())["command"])]
