@@ -121,7 +121,7 @@ def badges(
     """
     said = statements or Statements()
     clean = ~rows["git_dirty"].astype("boolean").fillna(value=True).astype(bool)
-    secret = rows["season"] != DEVELOPMENT.name
+    secret = rows["season_commitment"] != DEVELOPMENT.commitment
     rerun = rows["isolation"].isin(list(ISOLATED)) & clean & secret
     rerun &= rows["job_id"].map(lambda job: job in sealed).astype(bool)
     badge = pd.Series("claimed", index=rows.index, dtype=object).mask(rerun, "rerun")

@@ -196,7 +196,7 @@ def _rows(
         problems = [*_job(job, store, table, rows)]
         if not any("another version" in text for text in problems):
             problems += _identity(rows, hand, found, where, fields)
-        key = (store.name if fields is not ROW_FIELDS else "", job.season, job.job_id)
+        key = (store.name if fields is not ROW_FIELDS else "", rows[0]["season_commitment"], job.job_id)
         if key in seen:
             problems.append(f"duplicate: the rows of this job are in {seen[key]}, too")
         seen.setdefault(key, where)
@@ -230,7 +230,7 @@ def _job(job: JobFile, store: Path, table: pa.Table, rows: Sequence[Mapping[str,
     if versions:
         yield f"rows of another version: benchmark {min(versions)}, this leakbench has {BENCHMARK_VERSION}; run again"
         return
-    if job.rows_sha256 not in (None, rows_sha256(table)):
+    if job.rows_sha256 != rows_sha256(table):
         yield "forged or damaged: the rows are not those that were written (rows_sha256 of the file's footer differs)"
     measured = "measure" in first or "attack" not in first
     names = [f.name for f in (ROW_FIELDS if not measured else ()) if f.name not in _PER_ROW]
@@ -242,8 +242,8 @@ def _job(job: JobFile, store: Path, table: pa.Table, rows: Sequence[Mapping[str,
     place = store / COMPACTED, job_path(store, first["job_id"], first["season"])
     if (first["job_id"], first["season"]) != (job.job_id, job.season) or job.path not in place:
         yield f"holds the rows of job {first['job_id'][:12]}... of season {first['season']!r}, whose place is another"
-    if first["season"] == DEVELOPMENT.name and first["season_commitment"] != DEVELOPMENT.commitment:
-        yield "season 'development' with the commitment of another key"
+    if (first["season"] == DEVELOPMENT.name) != (first["season_commitment"] == DEVELOPMENT.commitment):
+        yield f"season {first['season']!r} with the commitment of another key: the public one is 'development'"
     if measured:
         if "measure" not in first:
             yield from wrong_training_values(first)

@@ -13,7 +13,7 @@ from forging import refused, rewrite
 import leakbench.tasks as tasks
 from leakbench import evaluate
 from leakbench.errors import UserError
-from leakbench.results import load_rows
+from leakbench.results import ROWS_SHA256, load_rows
 from leakbench.schema import task_columns
 from leakbench.submitting.badges import Statement, Statements, badges, least, read_statements, sealed_jobs
 from leakbench.submitting.identity import task_of, wrong_task_columns
@@ -71,6 +71,7 @@ FORGED = [
     ({"attack_params": '{"x":1}'}, True, "job id"),
     ({"threads": 8}, True, "job id"),
     ({"season_commitment": "b" * 64}, True, "another key"),
+    ({"season": "spring"}, True, "season 'spring' with the commitment of another key"),
     ({"job_id": "c" * 64}, True, "whose place is another"),
     ({"max_label_count": 1}, True, "max_label_count of a victim"),
     ({"trial": 0}, True, "duplicate: trial 0 has 3 rows"),
@@ -83,6 +84,23 @@ FORGED = [
 def test_a_forged_row_is_refused_and_why_is_said(copy, values, hash_again, says):
     rewrite(job(copy), values, hash_again=hash_again)
     assert any(says in text for text in refused(copy)), refused(copy)
+
+
+def test_rows_under_another_season_are_there_twice(copy):
+    path = job(copy)
+    other = copy / "spring" / path.parent.name / path.name
+    other.parent.mkdir(parents=True)
+    shutil.copy(path, other)
+    rewrite(other, {"season": "spring"}, **{"leakbench.season": "spring"})
+    assert any(text.startswith("duplicate: ") for text in refused(copy)), refused(copy)
+
+
+def test_a_footer_that_does_not_say_what_its_rows_were_is_refused(copy):
+    path = job(copy)
+    table = pq.read_table(path)
+    notes = {key: value for key, value in table.schema.metadata.items() if key != ROWS_SHA256.encode()}
+    pq.write_table(table.replace_schema_metadata(notes), path)
+    assert any(text.startswith("forged or damaged") for text in refused(copy)), refused(copy)
 
 
 def test_a_row_of_another_schema_is_refused(copy):
@@ -200,7 +218,9 @@ def test_badges_follow_from_rows_seals_and_statements(results):
     rows = load_rows(results)
     every = set(rows["job_id"])
     assert set(badges(rows, sealed=every)) == {"claimed"}  # the key of the development season is public
-    official = rows.assign(season="spring", isolation="bwrap", git_dirty=False)
+    named = rows.assign(season="spring", isolation="bwrap", git_dirty=False)
+    assert set(badges(named, sealed=every)) == {"claimed"}  # the public key by another name
+    official = named.assign(season_commitment="b" * 64)
     assert set(badges(official, sealed=set())) == {"claimed"}
     assert set(badges(official, sealed=every)) == {"rerun"}
     elsewhere = official.assign(host_kind="another")
