@@ -17,6 +17,7 @@ from leakbench.suites import suite_paths
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+SUBMISSION = ROOT / ".github" / "workflows" / "evaluate-submission.yml"
 WORKFLOWS = [pytest.param(path, id=path.stem) for path in FILES]
 
 
@@ -102,7 +103,7 @@ def commands(path):
     for step in steps(path):
         text = step.get("run", "").replace("\\\n", " ")
         for line in text.splitlines():
-            words = shlex.split(line)
+            words = shlex.split(re.split(r" (?:>|\|\||&&|\||;) ", line)[0])
             for at, word in enumerate(words[:-1]):
                 if Path(word).name == "leakbench":
                     yield words[at + 1 :]
@@ -124,7 +125,7 @@ def test_commands_are_found_at_all():
 
 
 def test_suites_and_targets_that_workflows_name_exist():
-    offered = read(ROOT / ".github/workflows/evaluate-submission.yml")["on"]["workflow_dispatch"]["inputs"]["suite"]
+    offered = read(SUBMISSION)["on"]["workflow_dispatch"]["inputs"]["suite"]
     assert set(offered["options"]) <= set(suite_paths())
     assert offered["default"] in offered["options"]
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
@@ -139,3 +140,66 @@ def test_forms_and_templates_are_whole():
         ids = [part["id"] for part in form["body"]]
         assert len(ids) == len(set(ids))
     assert (ROOT / ".github" / "scorers.txt").read_text().splitlines()[-1] == "github-actions[bot]"
+
+
+def score():
+    return {step["name"]: step for step in read(SUBMISSION)["jobs"]["score"]["steps"]}
+
+
+@pytest.mark.parametrize(
+    ("does", "code"),
+    [("echo '{}'; exit 0", 0), ("echo '{}'; exit 1", 0), ("exit 1", 1), ("echo '{}'; exit 2", 1), ("exit 130", 1)],
+)
+def test_failed_jobs_stop_no_shard_but_a_crash_does(tmp_path, does, code):
+    """GitHub runs a step by ``bash -e``; what leakbench does is acted here."""
+    fake = tmp_path / ".venv" / "bin" / "leakbench"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(f"#!/bin/sh\n{does}\n")
+    fake.chmod(0o755)
+    names = {"SEASON": "s", "SEASON_KEY": "k", "SHARD": "1/8", "SUITE": "labels", "NAME": "x", "ENTRY": "y"}
+    environment = {"PATH": "/usr/bin:/bin", "RUNNER_TEMP": str(tmp_path), **names}
+    command = ["bash", "-e", "-c", score()["Run"]["run"]]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=20).returncode == code
+
+
+@pytest.mark.parametrize(("held", "code"), [(None, 0), ("plan.json", 0), ("development/ab/x.parquet", 3)])
+def test_a_shard_without_jobs_is_fine_and_one_with_rows_is_verified(tmp_path, held, code):
+    fake = tmp_path / ".venv" / "bin" / "leakbench"
+    fake.parent.mkdir(parents=True)
+    fake.write_text("#!/bin/sh\nexit 3\n")
+    fake.chmod(0o755)
+    if held is not None:
+        (tmp_path / "rows" / held).parent.mkdir(parents=True)
+        (tmp_path / "rows" / held).touch()
+    environment = {"PATH": "/usr/bin:/bin", "RUNNER_TEMP": str(tmp_path)}
+    command = ["bash", "-e", "-c", score()["Verify"]["run"]]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=20, capture_output=True).returncode == code
+
+
+def test_rows_are_kept_whatever_became_of_them():
+    keep = score()["Keep the rows"]
+    assert keep["if"] == score()["Name the part"]["if"] == "always()"
+    assert keep["with"]["if-no-files-found"] == "ignore"
+
+
+def test_the_guard_can_be_required_and_an_approved_commit_is_taken_by_its_hash():
+    workflow = read(SUBMISSION)
+    assert workflow["on"]["pull_request"] is None, "a filter of paths leaves a required check waiting"
+    assert workflow["jobs"]["check"]["if"] == "needs.guard.outputs.kind == 'submission'"
+    moving = {name for name, job in workflow["jobs"].items() if "refs/pull/" in yaml.dump(job)}
+    assert moving == {"guard", "check", "named"}
+    for name in ("score", "seal"):
+        assert 'git fetch --no-tags origin "$SHA"' in yaml.dump(workflow["jobs"][name], width=1000).replace("\\", "")
+
+
+def test_a_submission_is_checked_under_its_own_name():
+    for step in read(SUBMISSION)["jobs"]["check"]["steps"]:
+        if "docker run" in step.get("run", ""):
+            assert '--volume "$PWD/$ENTRY:/submission/$ENTRY:ro"' in step["run"]
+            assert "entry.py" not in step["run"]
+
+
+def test_every_path_has_an_owner():
+    lines = [line.split() for line in (ROOT / ".github" / "CODEOWNERS").read_text().splitlines() if line[:1] != "#"]
+    assert lines[0] == ["*", "@leakbench/maintainers"]  # the last line that matches counts
+    assert all(len(line) == 2 for line in lines)
