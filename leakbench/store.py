@@ -271,7 +271,7 @@ def job_files(out: Path) -> Iterator[JobFile]:
         UserError: One holds rows of another schema version.
     """
     # "[!.]" leaves out the temporary files of running and killed jobs.
-    found = (read_job_status(path) for path in sorted(out.glob("*/*/[!.]*.parquet")))
+    found = (read_job_status(path) for path in sorted(out.glob("[!.]*/[!.]*/[!.]*.parquet")))
     for job in (*(read_compacted(out / COMPACTED) or ()), *filter(None, found)):
         if job.schema_version != SCHEMA_VERSION:
             raise UserError(
@@ -293,9 +293,10 @@ def completed_jobs(out: Path, season: str) -> dict[str, JobFile]:
 
 
 def stores(folder: Path) -> list[Path]:
-    """Return the folders with jobs, of attacks, measures or trainings, at or below a folder."""
+    """Return the folders with jobs, of attacks, measures or trainings, at or below a folder; hidden ones are not."""
     single = {path.parents[2] for path in folder.rglob("[0-9a-f][0-9a-f]/[!.]*.parquet")}
-    return sorted(single | {path.parent for path in folder.rglob(COMPACTED)})
+    found = single | {path.parent for path in folder.rglob(COMPACTED)}
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def result_folders(paths: Iterable[Path]) -> list[Path]:

@@ -58,6 +58,11 @@ def provenance(results: tuple[Path, ...], into: Path | None, as_json: bool) -> N
 @click.option("--repository", metavar="URL", help="Address of the code, https://..., that pages of entries link to.")
 @click.option("--changelog", type=click.Path(path_type=Path), help="Version history. [default: that of a checkout]")
 @click.option("--again", type=click.Path(path_type=Path), help="Rows of the same jobs that another machine made.")
+@click.option(
+    "--signers",
+    type=click.Path(path_type=Path),
+    help="Who may sign seals, as ssh-keygen has them. [default: .github/allowed_signers of the rows' checkout]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
 def site(
     results: tuple[Path, ...],
@@ -65,6 +70,7 @@ def site(
     repository: str | None,
     changelog: Path | None,
     again: Path | None,
+    signers: Path | None,
     as_json: bool,
 ) -> None:
     """Write the leaderboard of RESULTS as static pages that open from disk, without network or server.
@@ -74,7 +80,7 @@ def site(
     from leakbench.site.build import build
     from leakbench.site.data import Options
 
-    built = build(results, out, Options(repository, changelog, again))
+    built = build(results, out, Options(repository, changelog, again, signers))
     if as_json:
         print_json({"index": str(built.index), "pages": built.pages, "rows": built.rows})
     else:

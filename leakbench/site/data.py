@@ -47,11 +47,13 @@ class Options:
         repository: Address of the code for links, or None.
         changelog: File with the version history, or None.
         again: Folder with rows of the same jobs that another machine made, or None.
+        signers: Who may sign seals, as `leakbench.submitting.badges.sealed_jobs` has it, or None.
     """
 
     repository: str | None = None
     changelog: Path | None = None
     again: Path | None = None
+    signers: Path | None = None
 
 
 class Data:
@@ -94,9 +96,9 @@ class Data:
     def badge(self) -> dict[str, str]:
         """Badges of cells by id: see `leakbench.submitting.badges`."""
         again = None if self.options.again is None else load_rows(result_folders([self.options.again]))
-        found = badges(
-            self.rows, sealed=sealed_jobs(self.folders), again=again, statements=read_statements(self.folders)
-        ).to_numpy()
+        sealed = sealed_jobs(self.folders, self.options.signers)
+        statements = read_statements(self.folders)
+        found = badges(self.rows, sealed=sealed, again=again, statements=statements).to_numpy()
         return {name: least(set(found[cell.places])) for name, cell in self.cell.items()}
 
     @cached_property

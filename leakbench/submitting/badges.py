@@ -19,12 +19,13 @@ from leakbench.metrics import METRICS
 from leakbench.parts import Part
 from leakbench.store import job_files
 from leakbench.submitting.rerun import ATOL, RTOL
-from leakbench.submitting.seal import SEAL, broken_seal
+from leakbench.submitting.seal import SEAL, broken_seal, sealed_files, signer_of
 from leakbench.suites import read_yaml
 
 BADGES = {
-    "claimed": "measured by whoever submitted it, or with a public key, or not sealed: for development, no record",
-    "rerun": "measured by the project: sealed, in a secret season, in bwrap or a container, from a clean checkout",
+    "claimed": "no seal that the project signed, or a public key: for development, no record, and maybe made up",
+    "rerun": "measured by the project: under a seal it signed, in a secret season, in bwrap or a container, from a "
+    "clean checkout",
     "confirmed": "rerun, and an author of the entry agrees that it is their method as they mean it",
     "reproduced": "rerun, and measured again on another kind of machine, every number within its tolerance",
     "disputed": "somebody showed a reason to doubt it, and that is not settled; stands beside the others",
@@ -82,18 +83,47 @@ def read_statements(folders: Iterable[Path]) -> Statements:
     return all_
 
 
-def sealed_jobs(folders: Iterable[Path]) -> set[str]:
-    """Return the jobs whose rows lie under a seal that holds, and nowhere else.
+SIGNERS = Path(".github") / "allowed_signers"
+"""Who may sign seals, beside the results in their checkout; reviewed like the code."""
+
+
+def allowed_signers(folder: Path) -> Path | None:
+    """Return the signers of the checkout that a folder is in; None where it is in none, or that has none."""
+    place = folder.resolve()
+    checkout = next((path for path in (place, *place.parents) if (path / ".git").exists()), None)
+    return checkout / SIGNERS if checkout is not None and (checkout / SIGNERS).is_file() else None
+
+
+def sealed_jobs(folders: Iterable[Path], signers: Path | None = None) -> set[str]:
+    """Return the jobs whose rows lie under a seal that holds and that a signer signed, and nowhere else.
 
     Args:
-        folders: Folders of runs.
+        folders: Folders of runs; of each, seals in it and in the folder around it count.
+        signers: Allowed signers; None: `SIGNERS` of the checkout that a folder is in, and none where there is none.
+
+    Raises:
+        UserError: There is no file of signers where one is named.
     """
+    if signers is not None and not signers.is_file():
+        raise UserError(f"--signers {signers}: expected a file of allowed signers, as ssh-keygen has them")
     sealed, loose = set[str](), set[str]()
     for folder in folders:
+        trusted = signers or allowed_signers(folder)
         places = [place for place in (folder, folder.parent) if (place / SEAL).is_file()]
-        holds = bool(places) and not any(any(broken_seal(place)) for place in places)
-        (sealed if holds else loose).update(job.job_id for job in job_files(folder))
+        covered: set[Path] = set()
+        if trusted is not None and not any(any(broken_seal(place)) for place in places):
+            signed = [place for place in places if _is_signed(place, trusted)]
+            covered = {place / name for place in signed for name in sealed_files(place)}
+        for job in job_files(folder):
+            (sealed if job.path in covered else loose).add(job.job_id)
     return sealed - loose
+
+
+def _is_signed(place: Path, signers: Path) -> bool:
+    try:
+        return bool(signer_of(place, signers))
+    except UserError:
+        return False
 
 
 def least(found: Iterable[str]) -> str:
@@ -115,7 +145,7 @@ def badges(
 
     Args:
         rows: Result rows as `leakbench.results.load_rows` gives them.
-        sealed: Jobs under a seal that holds, as `sealed_jobs` finds them.
+        sealed: Jobs under a signed seal that holds, as `sealed_jobs` finds them.
         again: Rows of the same jobs that another machine made.
         statements: What was said of entries.
     """

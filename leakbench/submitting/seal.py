@@ -3,8 +3,8 @@
 ``SHA256SUMS`` has the format of the tool ``sha256sum`` (``sha256sum -c SHA256SUMS`` checks it without leakbench). It
 proves that the files are those that were sealed, and nothing of where they come from: whoever can change a file can
 seal again. Who sealed is proved by a signature beside it (``SHA256SUMS.sig``, made with ``ssh-keygen -Y sign -n
-leakbench``) whose key is in a list of signers, or by an attestation of the workflow that wrote it. None of these says
-that a number is right: that takes a second run (`leakbench reproduce ROW_ID`).
+leakbench``) whose key is in a list of signers. None of these says that a number is right: that takes a second run
+(`leakbench reproduce ROW_ID`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ NAMESPACE = "leakbench"
 
 
 def sealed_files(folder: Path) -> list[str]:
-    """Return the paths, relative to a folder, of what a seal covers: every Parquet file that is no temporary one."""
-    found = (path.relative_to(folder) for path in folder.rglob("*.parquet"))
-    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+    """Return the paths, relative to a folder, of what a seal covers: every file but hidden ones and seals."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.as_posix()
+        for path in found
+        if path.name not in (SEAL, SIGNATURE) and not any(part.startswith(".") for part in path.parts)
+    )
 
 
 def write_seal(folder: Path) -> Path:
@@ -57,11 +61,11 @@ def broken_seal(folder: Path) -> Iterator[tuple[str, str]]:
     present = set(sealed_files(folder))
     for name, digest in listed.items():
         if name not in present:
-            yield name, f"is in {SEAL}, but missing: rows were taken away"
+            yield name, f"is in {SEAL}, but missing: it was taken away"
         elif _digest(folder / name) != digest:
             yield name, f"is not the file that was sealed: its sha256 differs from {SEAL}"
     for name in sorted(present - set(listed)):
-        yield name, f"is not in {SEAL}: rows were added after sealing"
+        yield name, f"is not in {SEAL}: it was added after sealing"
 
 
 def signer_of(folder: Path, signers: Path) -> str:

@@ -15,6 +15,7 @@ from leakbench import evaluate
 from leakbench.errors import UserError
 from leakbench.results import ROWS_SHA256, load_rows
 from leakbench.schema import task_columns
+from leakbench.store import job_files, result_folders
 from leakbench.submitting.badges import Statement, Statements, badges, least, read_statements, sealed_jobs
 from leakbench.submitting.identity import task_of, wrong_task_columns
 from leakbench.submitting.rerun import compare, find_job, is_row_id, rerun
@@ -132,7 +133,9 @@ def test_an_added_column_or_a_missing_one_is_refused(copy):
 
 def test_a_seal_tells_a_changed_a_missing_and_an_added_file(copy, leakbench):
     assert leakbench("verify", copy, "--seal")[0] == 0
-    assert (copy / SEAL).read_text().count("\n") == 2
+    sealed = {line.split("  ")[1] for line in (copy / SEAL).read_text().splitlines()}
+    assert sealed == {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()} - {SEAL}
+    assert len(sealed) == 2
     assert str(copy) in verify([copy]).sealed
     # The rows of a careful forger agree with themselves, so that only the seal can tell.
     rewrite(job(copy), {"instance_recall": 0.25, "instance_precision": 0.25})
@@ -141,28 +144,42 @@ def test_a_seal_tells_a_changed_a_missing_and_an_added_file(copy, leakbench):
     code, out, _ = leakbench("verify", copy)
     assert code == 1
     assert "is not the file that was sealed" in out
-    assert "rows were taken away" in out
-    assert "rows were added after sealing" in out
+    assert "it was taken away" in out
+    assert "it was added after sealing" in out
 
 
-@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
-def test_a_signature_tells_who_sealed(copy, tmp_path):
+def test_a_seal_covers_reports_and_pictures(copy):
     write_seal(copy)
+    (copy / "claims.json").write_text("{}")
+    assert any("added after sealing" in text for text in refused(copy))
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """A folder with the private keys ``ours`` and ``theirs``, and the file ``signers`` of the former."""
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not installed")
+    folder = tmp_path_factory.mktemp("keys")
     for name in ("ours", "theirs"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
-    signers = tmp_path / "signers"
-    signers.write_text("scorer@example.org " + (tmp_path / "ours.pub").read_text())
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "signers").write_text("scorer@example.org " + (folder / "ours.pub").read_text())
+    return folder
 
-    def sign(name):
-        (copy / f"{SEAL}.sig").unlink(missing_ok=True)
-        command = ["ssh-keygen", "-q", "-Y", "sign", "-f", tmp_path / name, "-n", NAMESPACE, copy / SEAL]
-        subprocess.run(command, check=True, capture_output=True)
 
-    sign("ours")
+def sign(folder, key):
+    (folder / f"{SEAL}.sig").unlink(missing_ok=True)
+    command = ["ssh-keygen", "-q", "-Y", "sign", "-f", key, "-n", NAMESPACE, folder / SEAL]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_a_signature_tells_who_sealed(copy, keys):
+    write_seal(copy)
+    signers = keys / "signers"
+    sign(copy, keys / "ours")
     assert verify([copy], signers=signers).sealed == {str(copy): "scorer@example.org"}
-    sign("theirs")
+    sign(copy, keys / "theirs")
     assert any("no signature by" in text for text in refused(copy, signers=signers))
-    sign("ours")
+    sign(copy, keys / "ours")
     (copy / SEAL).write_text((copy / SEAL).read_text() + "\n")
     assert any("is not scorer@example.org's signature" in text for text in refused(copy, signers=signers))
 
@@ -240,16 +257,50 @@ def test_badges_follow_from_rows_seals_and_statements(results):
     assert set(badges(official, sealed=every, statements=settled)) == {"rerun"}
 
 
-def test_only_jobs_under_a_seal_that_holds_count_as_sealed(copy, tmp_path):
+def test_only_jobs_under_a_signed_seal_that_holds_count_as_sealed(copy, tmp_path, keys):
     every = set(load_rows(copy)["job_id"])
-    assert sealed_jobs([copy]) == set()
+    signers = keys / "signers"
+    assert sealed_jobs([copy], signers) == set()
     write_seal(copy)
-    assert sealed_jobs([copy]) == every
+    assert sealed_jobs([copy], signers) == set()  # anybody can seal
+    sign(copy, keys / "theirs")
+    assert sealed_jobs([copy], signers) == set()
+    sign(copy, keys / "ours")
+    assert sealed_jobs([copy], signers) == every
+    assert sealed_jobs([copy]) == set()  # in no checkout that says who may sign
     loose = shutil.copytree(copy, tmp_path / "loose" / "rows")
     (loose / SEAL).unlink()
-    assert sealed_jobs([copy, loose]) == set()  # which of the two would be shown?
+    assert sealed_jobs([copy, loose], signers) == set()  # which of the two would be shown?
     rewrite(job(copy), {"instance_recall": 0.25})
+    assert sealed_jobs([copy], signers) == set()
+    with pytest.raises(UserError, match="expected a file of allowed signers"):
+        sealed_jobs([copy], tmp_path / "none")
+
+
+def test_signers_are_those_of_the_checkout_not_of_a_folder_of_rows(copy, keys):
+    every = set(load_rows(copy)["job_id"])
+    for place in (copy, copy.parent):
+        (place / ".github").mkdir()
+    shutil.copy(keys / "signers", copy / ".github" / "allowed_signers")
+    write_seal(copy)
+    sign(copy, keys / "ours")
+    (copy.parent / ".git").mkdir()
     assert sealed_jobs([copy]) == set()
+    shutil.copy(keys / "signers", copy.parent / ".github" / "allowed_signers")
+    assert sealed_jobs([copy]) == every
+
+
+def test_hidden_rows_are_nobodys_and_no_seal_covers_them(copy, results, keys):
+    hidden = copy / ".more"
+    shutil.copytree(results, hidden)
+    shutil.move(hidden / "development", copy / ".development")
+    shutil.copytree(results / "development", hidden / "development")
+    assert result_folders([copy]) == [copy]
+    assert {path.path.parents[1].name for path in job_files(copy)} == {"development"}
+    write_seal(copy)
+    sign(copy, keys / "ours")
+    assert sealed_jobs([hidden], keys / "signers") == set()
+    assert sealed_jobs([copy], keys / "signers") == set(load_rows(copy)["job_id"])
 
 
 def test_cells_have_the_least_badge_of_their_rows():
