@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from leakbench.entries import Description, try_describe
 from leakbench.errors import UserError
-from leakbench.sources import EntrySource, Kind, find_source
+from leakbench.sources import EntrySource, Kind, find_source, sources
 
 if TYPE_CHECKING:
     from leakbench.submitting.laws import Law
@@ -102,6 +102,7 @@ def check(ref: str, *, isolation: str = "auto", on_finding: Callable[[Finding], 
         )
         return Verdict(ref, None, None, findings)
     found("can be imported and described", "ok", f"{told.kind} {told.name!r}, version {told.version}")
+    found("has a name of its own, which is its file's", *_named(source.path, told))
     for law, state, text in documented(told):
         found(law, state, text)
     if told.required:
@@ -159,6 +160,22 @@ def _advice(error: str, source: EntrySource) -> str:
     }
     hint = next((text for word, text in hints.items() if word in error), None)
     return error.removeprefix(f"{source.path}: ") + (f"; {hint}" if hint else "")
+
+
+def _named(path: Path, told: Description) -> tuple[State, str]:
+    """Return what is wrong with where a file lies and with the name it registers."""
+    folder = path.resolve().parent
+    if folder.parent.name == "baselines" and folder.name in ("attacks", "defenses"):
+        wanted = f"{told.kind}s/{told.name}.py"
+        if f"{folder.name}/{path.name}" != wanted:
+            return "failed", f"registers {told.kind} {told.name!r}; move the file to baselines/{wanted}"
+    held = sources(cast("Kind", told.kind))
+    if told.name in held and not path.samefile(held.get(told.name).path):
+        return "todo", (
+            f"{told.kind} {told.name!r} is here already; choose another name, or, to revise that one, "
+            f"edit baselines/{told.kind}s/{told.name}.py and raise its version"
+        )
+    return "ok", ""
 
 
 def documented(told: Description) -> Iterator[tuple[str, State, str]]:

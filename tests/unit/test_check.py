@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from leakbench.entries import Description
+from leakbench.sources import find_source
 from leakbench.submitting import check as checking
 from leakbench.submitting.check import check, readable
 from leakbench.submitting.skeletons import new_entry
@@ -118,3 +120,29 @@ def test_missing_files_and_names_are_one_line(leakbench, tmp_path):
         assert code == 2
         assert err.startswith("error: ")
         assert len(err.splitlines()) == 1
+
+
+TOLD = Description(kind="attack", name="try_it", class_name="TryIt", version=1, reference="", summary="")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "state", "says"),
+    [
+        ("baselines/attacks/try_it.py", "try_it", "ok", ""),
+        ("baselines/attacks/other.py", "try_it", "failed", "move the file to baselines/attacks/try_it.py"),
+        ("baselines/defenses/try_it.py", "try_it", "failed", "move the file to baselines/attacks/try_it.py"),
+        ("mine/other.py", "try_it", "ok", ""),
+        ("mine/llg.py", "llg", "todo", "to revise that one"),
+    ],
+)
+def test_a_file_in_baselines_has_its_registered_name_and_no_name_is_taken_twice(tmp_path, where, name, state, says):
+    path = tmp_path / where
+    path.parent.mkdir(parents=True)
+    path.touch()
+    got, text = checking._named(path, TOLD.model_copy(update={"name": name}))
+    assert got == state
+    assert says in text
+
+
+def test_a_baseline_in_its_place_takes_nobodys_name():
+    assert checking._named(find_source("attack", "llg").path, TOLD.model_copy(update={"name": "llg"})) == ("ok", "")
