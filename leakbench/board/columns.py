@@ -146,8 +146,11 @@ class Cell:
 
     @cached_property
     def score(self) -> Interval:
-        """Mean of the ranking metric."""
-        return bootstrap(self.values(self.metric), self.clusters)
+        """Mean of the ranking metric; the interval of a share ends at 0 and 1."""
+        mean, low, high = bootstrap(self.values(self.metric), self.clusters)
+        if self.metric.target == "inputs":
+            return Interval(mean, low, high)
+        return Interval(mean, *(float(np.clip(end, 0.0, 1.0)) for end in (low, high)))
 
     @cached_property
     def chance(self) -> float:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from leakbench.board.columns import DEFENSE_KEYS
 from leakbench.board.score import group_ids, named_weights, plain
-from leakbench.board.stats import ENDS, resamples
+from leakbench.board.stats import ENDS, resamples, widening
 from leakbench.measures.catalogue import MeasureKind
 from leakbench.stage import stage_order
 from leakbench.tasks import Architecture
@@ -139,8 +139,9 @@ def intervals(values: Floats) -> tuple[Floats, Floats]:
     if len(values) < 2:
         return np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
     means = np.concatenate([drawn @ values for drawn in resamples(len(values))]) / len(values)
+    middle, wider = values.mean(axis=0), widening(len(values))
     low, high = np.quantile(means, ENDS, axis=0)
-    return low, high
+    return middle - wider * (middle - low), middle + wider * (high - middle)
 
 
 def missing(rows: pd.DataFrame) -> pd.DataFrame:

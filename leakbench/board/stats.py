@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 from leakbench.keys import PUBLIC_KEY, seed
 
@@ -39,13 +40,18 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: NDArray[np.float64], clusters: Sequence[Hashable], *names: object) -> Interval:
-    """Return the mean with its percentile interval, resampling clusters.
+    """Return the mean with its interval, resampling clusters.
+
+    The percentile interval of few clusters is too narrow (of 4 normal values it holds the mean in 80% of cases, not
+    95%), so a board's is widened about the mean as Student's t is against the normal distribution.
+
+    Reference: Hesterberg 2015, arXiv 1411.5279 (narrowness bias of percentile intervals)
 
     Args:
         values: (n,) one per row; a NaN makes the whole result NaN.
         clusters: n labels; rows of one cluster are drawn together.
         names: Only for intervals that rows hold: they seed draws of their own, which are added up one by one, so that
-            a row measured again is the same to the last bit. A board gives none: see `resamples`.
+            a row measured again is the same to the last bit; not widened. A board gives none: see `resamples`.
     """
     if len(values) == 0 or bool(np.isnan(values).any()):
         return Interval(np.nan, np.nan, np.nan)
@@ -58,9 +64,17 @@ def bootstrap(values: NDArray[np.float64], clusters: Sequence[Hashable], *names:
         return Interval(mean, np.nan, np.nan)
     if names:
         means = [sums.take(drawn).sum(axis=1) / sizes.take(drawn).sum(axis=1) for drawn in _draws(len(sums), *names)]
-    else:
-        means = [weights @ sums / (len(sums) if own else weights @ sizes) for weights in resamples(len(sums))]
-    return Interval(mean, *ends(np.concatenate(means)))
+        return Interval(mean, *ends(np.concatenate(means)))
+    means = [weights @ sums / (len(sums) if own else weights @ sizes) for weights in resamples(len(sums))]
+    low, high = ends(np.concatenate(means))
+    wider = widening(len(sums))
+    return Interval(mean, mean - wider * (mean - low), mean + wider * (high - mean))
+
+
+@lru_cache(maxsize=256)
+def widening(count: int) -> float:
+    """Return how much wider an interval from so many values has to be than its percentiles."""
+    return float(stdtrit(count - 1, ENDS[1]) / ndtri(ENDS[1]) * np.sqrt(count / (count - 1)))
 
 
 def ends(means: NDArray[np.float64]) -> tuple[float, float]:

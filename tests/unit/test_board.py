@@ -16,7 +16,7 @@ from rich.console import Console
 from leakbench.board import render
 from leakbench.board.defenses import defenses
 from leakbench.board.score import TABLE_COLUMNS, cells
-from leakbench.board.stats import MIN_PAIRS, bootstrap, rank_groups
+from leakbench.board.stats import MIN_PAIRS, bootstrap, rank_groups, widening
 from leakbench.metrics import METRICS
 from leakbench.results import load_rows, write_job
 
@@ -149,10 +149,11 @@ def test_rows_of_one_cluster_are_drawn_together():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20))
-def test_an_interval_holds_the_mean_and_stays_among_the_values(values):
-    low, high = bootstrap(np.array(values), range(len(values)))[1:]
-    assert min(values) - 1e-9 <= low <= np.mean(values) + 1e-9
-    assert np.mean(values) - 1e-9 <= high <= max(values) + 1e-9
+def test_an_interval_holds_the_mean_and_is_no_wider_than_the_values_allow(values):
+    mean, low, high = bootstrap(np.array(values), range(len(values)))
+    wider = widening(len(values))
+    assert mean - wider * (mean - min(values)) - 1e-9 <= low <= mean + 1e-9
+    assert mean - 1e-9 <= high <= mean + wider * (max(values) - mean) + 1e-9
 
 
 def test_one_trial_has_no_interval():

@@ -9,7 +9,7 @@ from board_rows import INPUTS, LABELS, frame, make
 
 from leakbench.board.lanes import lanes
 from leakbench.board.score import cells
-from leakbench.board.stats import RESAMPLES
+from leakbench.board.stats import RESAMPLES, widening
 from leakbench.keys import PUBLIC_KEY, seed
 from leakbench.metrics import headline
 from leakbench.schema import FAILURES, STATUSES
@@ -22,7 +22,7 @@ def rows():
     parts = []
     for task in (LABELS, INPUTS):
         for attack in ("llg", "idlg", "ebi"):
-            values, floors = rng.random(17) * 20, rng.random(17)
+            values, floors = 0.4 + 0.2 * rng.random(17), rng.random(17)
             for draw in range(2):
                 statuses = rng.choice([*["ok"] * 12, *STATUSES], 17).tolist()
                 known = [v if s == "ok" else None for v, s in zip(values, statuses, strict=True)]
@@ -38,7 +38,8 @@ def plain_interval(values, pairs):
     rng = np.random.default_rng(seed(PUBLIC_KEY, "bootstrap"))
     drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
     ends = np.quantile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), [(1 - 0.95) / 2, (1 + 0.95) / 2])
-    return pytest.approx(tuple(ends), rel=1e-12)
+    mean, wider = values.mean(), widening(len(sums))
+    return pytest.approx(tuple(mean + wider * (end - mean) for end in ends), rel=1e-12)
 
 
 def test_cells_are_what_frames_give(rows):

@@ -46,7 +46,7 @@ def test_the_terminal_says_what_the_numbers_are_for_and_shows_interval_and_chanc
     assert "digits is a demonstration lane" in text
     assert all(len(line) <= 80 for line in text.splitlines())
     line = next(line for line in text.splitlines() if line.startswith("llg "))
-    assert "0.82 [0.7" in line
+    assert "0.82 [0.68, 0.95]" in line
     assert " 0.20 " in line
     assert text.index("\nllg ") < text.index("\nrandom_labels ")
     assert "n/a" in next(line for line in text.splitlines() if "imprint" in line)

@@ -26,7 +26,16 @@ def test_intervals_are_scipys_up_to_chance(count):
             data, statistic, paired=True, vectorized=True, n_resamples=20_000, method="percentile", random_state=RNG
         ).confidence_interval
         width = expected.high - expected.low
-        assert found[1:] == pytest.approx((expected.low, expected.high), abs=0.08 * width)  # 2,000 resamples: 2% each
+        wider = scipy_stats.t.ppf(0.975, count - 1) / scipy_stats.norm.ppf(0.975) * np.sqrt(count / (count - 1))
+        ends = (found.mean + wider * (end - found.mean) for end in (expected.low, expected.high))
+        assert found[1:] == pytest.approx(tuple(ends), abs=0.08 * width)  # 2,000 resamples: 2% each
+
+
+@pytest.mark.parametrize("count", [3, 4, 6, 8, 30])
+def test_intervals_of_few_values_hold_the_mean_at_their_level(count):
+    rng = np.random.default_rng(count)
+    found = [bootstrap(rng.normal(1, 2, count), range(count)) for _ in range(400)]
+    assert 0.91 < np.mean([interval.low <= 1 <= interval.high for interval in found]) < 0.985
 
 
 def test_whatever_has_as_many_clusters_shares_its_draws_and_depends_on_nothing_else():
