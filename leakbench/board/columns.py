@@ -202,6 +202,15 @@ class Cell:
         return values if values.index.is_unique else values.groupby(level=[0, 1]).mean()
 
     @cached_property
+    def edge_by_trial(self) -> pd.Series[float]:
+        """By (draw, trial), what ranks: attacks that claim unlike things (of each client, of all) have unlike chances.
+
+        Inputs: gain over the mean floor; else the share of the way from chance to everything.
+        """
+        gap = self.by_trial - self.chance
+        return gap / (1 - self.chance) if self.metric.target != "inputs" and self.chance < 1 else gap
+
+    @cached_property
     def ranked(self) -> bool:
         """Whether the cell may count as a record."""
         return (

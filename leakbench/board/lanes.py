@@ -246,10 +246,10 @@ class _Victims:
             edges: NDArray[Any] = np.zeros(len(index))
             if task in known:
                 cell = known[task]
-                gap = cell.by_trial - cell.chance
+                gap = cell.edge_by_trial
                 if cell.metric.target != "inputs":
                     # Where chance is .89, naming a few classes of many gives -8: one task would decide all.
-                    gap = (gap / (1 - cell.chance)).clip(lower=-1)
+                    gap = gap.clip(lower=-1)
                 same = gap.index.equals(index)
                 edges = (gap if same else gap.reindex(index, fill_value=0.0)).to_numpy(np.float64)
             parts.append(edges)

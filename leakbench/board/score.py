@@ -47,10 +47,11 @@ def board_of(built: Sequence[Cell]) -> pd.DataFrame:
     frame = pd.DataFrame(
         [cell.keys | {column.key: column.produce(cell) for column in COLUMNS} for cell in built], columns=columns
     )
-    order = ["task", *TASK_KEYS, *DEFENSE_KEYS, "mean", *ATTACK_KEYS]
-    frame = frame.sort_values(list(dict.fromkeys(order)), ascending=[k != "mean" for k in dict.fromkeys(order)])
+    order = list(dict.fromkeys(["task", *TASK_KEYS, *DEFENSE_KEYS, "_edge", "mean", *ATTACK_KEYS]))
+    edges = frame["advantage"].fillna(frame["gain"])
+    frame = frame.assign(_edge=edges).sort_values(order, ascending=[k not in ("_edge", "mean") for k in order])
     ordered = [built[number] for number in frame.index]
-    frame = frame.reset_index(drop=True)
+    frame = frame.drop(columns="_edge").reset_index(drop=True)
     frame[[*TABLE_COLUMNS]] = _of_tables(ordered, group_ids(frame, (*TASK_KEYS, *DEFENSE_KEYS)))
     carries_nothing = (frame["defense"] == _NOTHING) & (frame["target"] == "inputs")
     same_attack = group_ids(frame, (*TASK_KEYS, *ATTACK_KEYS))
@@ -71,8 +72,9 @@ def _of_tables(ordered: Sequence[Cell], tables: pd.Series[int]) -> NDArray[np.fl
         if len(cell.tried):
             members.setdefault(table, []).append(place)
     for places in members.values():
-        entries = [ordered[place].by_trial for place in places]
-        found[places, 0], found[places, 3] = rank_groups(entries), detectable_difference(entries)
+        entries = [ordered[place].edge_by_trial for place in places]
+        found[places, 0] = rank_groups(entries)
+        found[places, 3] = detectable_difference([ordered[place].by_trial for place in places])
         means = common(entries)
         if means is not None:
             found[places, 1:3] = rank_intervals(means)[["low", "high"]]

@@ -302,3 +302,13 @@ def test_the_board_does_not_import_torch():
         "assert not {'torch', 'rich'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_attacks_of_unlike_chances_are_ranked_by_what_they_add_to_chance():
+    # One claims the union of all clients, of which .9 can be guessed; the other each client's own labels.
+    union = make([0.92, 0.93, 0.91, 0.92, 0.93, 0.91], "union", reference=0.9)
+    own = make([0.6, 0.61, 0.59, 0.6, 0.61, 0.59], "own", reference=0.2)
+    board = cells(frame(union, own))
+    assert board["attack"].tolist() == ["own", "union"]
+    assert board["rank_group"].tolist() == [1, 2]
+    assert board["mean"].tolist() == pytest.approx([0.6, 0.92])
