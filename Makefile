@@ -25,20 +25,21 @@ quickstart: $(STAMP)
 	$(BIN)/leakbench board runs/quick
 	$(BIN)/leakbench site runs/quick --out runs/quick-site
 
-# The rows in results/: hours on two cores. LEAKBENCH_DATA has to hold MNIST and CIFAR-10; runs/ is resumed.
-RUNS := quick labels localization breaking_sa defenses_quick images_quick secure_aggregation
-STRENGTHS := none "gaussian_noise(std=0.01)" "gaussian_noise(std=0.1)" "clip_l2(bound=1.0)" "clip_l2(bound=0.1)" \
-  "topk(p=0.9)" "topk(p=0.99)" sign "sign(scaled=True)" "dp_sgd(noise_multiplier=0.1)" "dp_sgd(noise_multiplier=1.0)" \
-  "dropout(p=0.3)" "dropout(p=0.7)" "label_smoothing(alpha=0.1)" "label_smoothing(alpha=0.3)"
+# The rows in results/, for a machine without a GPU: hours on two cores. LEAKBENCH_DATA has to hold MNIST and CIFAR-10;
+# what is in runs/ is resumed.
+RUNS := quick labels localization breaking_sa images_quick defenses_quick
+only = $(foreach name,$(2),--$(1) $(name))
+IMAGES := dlg idlg inverting_gradients analytic r_gap mean_image random_image
+DEFENSES := none "gaussian_noise(std=0.01)" "gaussian_noise(std=0.1)" "clip_l2(bound=1.0)" "topk(p=0.9)" "topk(p=0.99)" \
+  sign "dp_sgd(noise_multiplier=0.1)" "dp_sgd(noise_multiplier=1.0)"
 results: $(STAMP)
 	$(BIN)/leakbench run quick --out runs/quick
 	$(BIN)/leakbench run labels --out runs/labels
 	$(BIN)/leakbench reproduce localization --quick --out runs/localization
 	$(BIN)/leakbench reproduce breaking_sa --quick --out runs/breaking_sa
+	$(BIN)/leakbench run images_quick --trials 4 --out runs/images_quick $(call only,attack,$(IMAGES))
 	$(BIN)/leakbench utility defenses_quick --out runs/defenses_quick
-	$(BIN)/leakbench run defenses_quick --out runs/defenses_quick $(foreach defense,$(STRENGTHS),--defense $(defense))
-	$(BIN)/leakbench run images_quick --trials 4 --out runs/images_quick
-	$(BIN)/leakbench run secure_aggregation --trials 2 --out runs/secure_aggregation
+	$(BIN)/leakbench run defenses_quick --out runs/defenses_quick $(call only,defense,$(DEFENSES))
 	for run in $(RUNS); do $(BIN)/leakbench compact runs/$$run --out results/$$run || exit 2; done
 	$(BIN)/leakbench verify $(RUNS:%=results/%) --seal
 	$(BIN)/leakbench provenance results --into results/README.md
