@@ -31,6 +31,7 @@ from leakbench.store import (
     rows_sha256,
     stores,
 )
+from leakbench.submitting.across import COLUMNS, contradictions, remarks
 from leakbench.submitting.identity import (
     TASK_COLUMNS,
     Doubt,
@@ -202,7 +203,7 @@ def _rows(
         seen.setdefault(key, where)
         if fields is ROW_FIELDS and not problems:
             names = [*_VICTIM, *_TRUTH, *_FLOORS, "num_classes", "isolation", "git_dirty"]
-            parts.append(table.select(names).to_pandas().assign(_where=where))
+            parts.append(table.select(list(dict.fromkeys([*names, *COLUMNS]))).to_pandas().assign(_where=where))
     found.problems += [Problem(where, text) for text in problems]
 
 
@@ -315,6 +316,8 @@ def _other_code(row: Mapping[str, Any], kind: str) -> Iterator[str]:
 
 def _check_across(rows: pd.DataFrame, found: Verified) -> None:
     """Compare what every attack must have been shown alike."""
+    found.problems += [Problem(*text) for text in contradictions(rows)]
+    found.notes += [Problem(*text) for text in remarks(rows)]
     rows = rows.dropna(subset=["dataset_fingerprint"])
     groups = rows.groupby(list(_VICTIM), sort=False)
     for name in _TRUTH:
