@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,26 +18,17 @@ from leakbench.board.columns import CELL_KEYS, Cell, entry_label, entry_paramete
 from leakbench.board.lanes import LaneTable, lane_frame, lane_tables
 from leakbench.board.measures import tables as measure_tables
 from leakbench.board.score import board_of, build_cells
+from leakbench.compact import FOLDERS, commands
 from leakbench.entries import Description, try_describe
 from leakbench.errors import UserError
 from leakbench.gallery import Entry, read_gallery
 from leakbench.results import holds_measures, holds_utility, load_measures, load_rows, load_utility
+from leakbench.site.checking import LANE_TITLES, check_rows
 from leakbench.site.loading import load, row_files
 from leakbench.sources import Kind, sources
 from leakbench.stage import stage_order
-from leakbench.store import result_folders
+from leakbench.store import job_files, read_compacted, result_folders
 from leakbench.submitting.badges import badges, least, read_statements, sealed_jobs
-
-LANE_TITLES = {
-    "legacy_upper_bound": "one image, labels known (legacy upper bound)",
-    "passive_labels": "labels from one gradient",
-    "passive_images": "images from one gradient",
-    "passive_update": "several local steps, learning rate unknown",
-    "aggregate": "sums over clients",
-    "malicious_server": "malicious server",
-    "inference": "attributes and membership",
-}
-"""Lanes in words."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +56,14 @@ class Data:
         options: See `Options`.
 
     Raises:
-        UserError: There are no rows, or rows of another schema version.
+        UserError: There are no rows, rows of another schema version, or some that no page can show.
     """
 
     def __init__(self, results: Sequence[Path], options: Options) -> None:
         self.results, self.options = tuple(result_folders(results)), options
         self.files = row_files(self.results)
+        for path in self.files:
+            check_rows(path)
         self.rows = load(self.files)
 
     @cached_property
@@ -123,6 +117,33 @@ class Data:
         return [path for path in self.results if path.is_dir()]
 
     @cached_property
+    def origin(self) -> dict[str, Path]:
+        """Where the job of every row is, by its id: one of the results, or the folder of one that is a file."""
+        found: dict[str, Path] = {}
+        for path in self.results:
+            single = [] if path.is_dir() else read_compacted(path) or []
+            kinds = FOLDERS.values() if path.is_dir() else ()
+            jobs = [*single, *(job for folder in kinds for job in job_files(path / folder))]
+            found |= dict.fromkeys((job.job_id for job in jobs), path if path.is_dir() else path.parent)
+        return found
+
+    @cached_property
+    def commands(self) -> dict[Path, dict[str, list[str]]]:
+        """What was typed for the rows of every result, by its folder and kind of rows: see `stored_commands`."""
+        folders = dict.fromkeys(self.origin.values())
+        return {path: {kind: stored_commands(path / part) for kind, part in FOLDERS.items()} for path in folders}
+
+    def typed(self, job: str, kind: str) -> list[str]:
+        """Return what was typed for the rows of a kind (see `leakbench.compact.FOLDERS`) of a job's run."""
+        return self.commands[self.origin[job]][kind] if job in self.origin else []
+
+    def rows_option(self, job: str) -> str:
+        """Return what `leakbench reproduce` needs behind a row's name to find it: nothing below runs and results."""
+        folder = self.origin.get(job)
+        default = folder is None or folder.parts[:1] in (("runs",), ("results",))
+        return "" if default else f" --rows {shlex.quote(str(folder))}"
+
+    @cached_property
     def measured(self) -> pd.DataFrame | None:
         """Rows of measures; None where nothing was measured."""
         folders = [path for path in self.folders if holds_measures(path)]
@@ -171,6 +192,19 @@ class Data:
                 if isinstance(answer, Description):
                     found[(kind, source.name)] = answer.content()
         return found
+
+
+def stored_commands(store: Path) -> list[str]:
+    """Return the leakbench commands that a store says its rows were made with, each with its words quoted anew."""
+    found = []
+    for command in commands(store):
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            continue
+        if words[:1] == ["leakbench"]:
+            found.append(shlex.join(words).replace("\n", " "))
+    return list(dict.fromkeys(found))
 
 
 def cell_id(keys: Sequence[Any]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -19,6 +20,7 @@ class Value(NamedTuple):
         href: Where it leads, from the root of the site.
         style: Class of the place.
         extra: Smaller text behind it.
+        parts: What that text says, by name: columns of their own in a CSV.
     """
 
     text: str
@@ -26,6 +28,7 @@ class Value(NamedTuple):
     href: str | None = None
     style: str = ""
     extra: str = ""
+    parts: Mapping[str, float | None] = MappingProxyType({})
 
 
 class Column(NamedTuple):
@@ -115,7 +118,7 @@ def interval(value: Any, low: Any, high: Any, decimals: int, href: str | None = 
     """Return a number with its interval behind it."""
     text = digits(value, decimals)
     extra = "" if text == "–" else f"[{digits(low, decimals)}, {digits(high, decimals)}]" if pd.notna(low) else "[?]"
-    return Value(text, _order(value), href, extra=extra)
+    return Value(text, _order(value), href, extra=extra, parts={"low": _order(low), "high": _order(high)})
 
 
 def whole(value: Any, href: str | None = None) -> Value:
@@ -126,14 +129,15 @@ def whole(value: Any, href: str | None = None) -> Value:
 def rank(line: Any, href: str | None = None) -> Value:
     """Return the rank group of a line of a board, with the interval of its rank."""
     if pd.isna(line["rank_group"]):
-        return Value("–", math.inf)
+        return Value("–")
     low, high = line["rank_low"], line["rank_high"]
     ranks = "" if pd.isna(low) else f"rank {low:.0f}" if low == high else f"rank {low:.0f}–{high:.0f}"
-    return Value(f"{line['rank_group']:.0f}", float(line["rank_group"]), href, extra=ranks)
+    parts = {"low": _order(low), "high": _order(high)}
+    return Value(f"{line['rank_group']:.0f}", float(line["rank_group"]), href, extra=ranks, parts=parts)
 
 
 def _order(value: Any) -> float | None:
-    return None if pd.isna(value) else float(value)
+    return float(value) if pd.notna(value) and math.isfinite(value) else None
 
 
 def of_frame(

@@ -50,6 +50,7 @@ def page(browser, request):
     """A page without network, which fails a test that left an error in its console."""
     context = browser.new_context(**getattr(request, "param", {}))
     context.route(lambda url: not url.startswith("file:"), lambda route: route.abort())
+    context.set_default_timeout(5000)
     opened = context.new_page()
     problems, asked = [], []
     opened.on(

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from leakbench.site.data import Options, slug
 from leakbench.site.loading import load
 from leakbench.site.pages import defenses, gallery, heatmap, localization, reproductions
 from leakbench.site.pages.versions import history
+from leakbench.store import write_job
 
 
 class Read(HTMLParser):
@@ -129,8 +131,10 @@ def test_pages_show_rank_intervals_and_what_can_be_detected(site):
     text = (site / "boards/labels.html").read_text()
     assert "Minimum detectable difference: 0." in text
     assert re.search(r"<small>rank 2–3</small>", text)  # idlg and rlg were drawn alike
-    pairs = json.loads(re.search(r'data-pairs="lane-0">(.*?)</script>', text, re.S)[1])
-    assert len(pairs) == 15
+    pairs = json.loads(
+        re.search(r'data-pairs="passive_labels-labels-untrained-quick-[^"]+">(.*?)</script>', text, re.S)[1]
+    )
+    assert len(pairs) == 10  # the one that failed is not ranked
     assert any("llg minus idlg" in value and "can be told apart" in value for value in pairs.values())
 
 
@@ -338,13 +342,18 @@ def test_profiles_count_tasks_near_the_best_and_a_task_not_tried_as_chance():
 
 
 def test_the_heat_map_compares_a_defense_on_tasks_that_were_attacked_undefended():
-    lines = [line_of("a", "t0", 0.8), line_of("a", "t1", 0.6), line_of("b", "t0", 0.9, defense="topk")]
+    lines = [line_of("a", "t0", 0.8), line_of("a", "t1", -7.0), line_of("b", "t0", 0.9, defense="topk")]
     lines += [line_of("a", task, v, defense="topk") for task, v in (("t0", 0.2), ("t2", 0.9))]
     lines += [line_of("a", "t0", 0.5, stage="converged"), line_of("a", "t3", 0.0)]
     board = pd.DataFrame([line | {"defense_label": line["defense"]} for line in lines])
     (table,) = heatmap._tables(board, {"quick": frozenset({"t0", "t1", "t2"}), "other": frozenset({"t3"})})
     shown = {line.values[0].text: [(v.text, v.extra) for v in line.values[1:]] for line in table.lines}
-    assert shown == {"a": [("0.70", ""), ("0.20", "(1)")], "b": [("–", ""), ("0.90", "(1)")]}
+    assert shown == {
+        "a": [("-0.10", "(2 tasks)"), ("0.20", "undefended 0.80 (1 task)")],  # at least -1, as on boards
+        "b": [("–", ""), ("0.90", "undefended – (1 task)")],
+    }
+    places = {line.values[0].text: [v.style for v in line.values[1:]] for line in table.lines}
+    assert places == {"a": ["h0", "h1"], "b": ["", "h5"]}  # of one task: half as dark
 
 
 def test_references_become_bibtex_with_the_fields_they_hold_and_no_others():
@@ -400,5 +409,63 @@ def test_every_cell_has_its_badge_and_what_it_means(site):
     badges = [re.search(r"<p>Badge <b>(.+?)</b>: (.+?)</p>", path.read_text()) for path in site.glob("cells/*/*.html")]
     assert badges
     assert {match[1] for match in badges} == {"claimed"}  # no seal
-    assert all(match[2].startswith("measured by whoever submitted it") for match in badges)
+    assert all(match[2].startswith("no seal that the project signed") for match in badges)
     assert "claimed" in (site / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("lane", "my_lane"),
+        ("target", "souls"),
+        ("stage", "weird"),
+        ("attack_params", "not json"),
+        ("defense_params", "[1, 2]"),
+        ("instance_recall", float("inf")),
+    ],
+)
+def test_rows_that_no_page_can_show_are_refused_with_file_job_and_column(tmp_path, column, value):
+    rows = site_rows()[:3]
+    rows[1] |= {column: value, "job_id": "feed"}
+    path = write_rows(tmp_path / "x.parquet", rows)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: job feed: {column}: expected [^\n]+; leave"):
+        build([path], tmp_path / "site")
+
+
+def test_a_cell_prints_what_was_typed_for_its_run_and_where_its_rows_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [row | {"job_id": "ab" * 8, "season": "development"} for row in site_rows()[:12]]
+    for folder in (Path("elsewhere"), Path("runs/here")):
+        write_job(folder, "ab" * 8, "development", rows)
+        (folder / "plan.json").write_text(json.dumps({"command": "leakbench reproduce llg --quick --trials 12; rm x"}))
+        site = build([folder], tmp_path / f"site-{folder.name}").index.parent
+        (cell,) = site.glob("cells/*/*.html")
+        example, typed = re.findall(r"<code>(leakbench .*?)</code></pre>", cell.read_text())
+        where = " --rows elsewhere" if folder == Path("elsewhere") else ""
+        assert example == f"leakbench reproduce {'ab' * 8}:{rows[0]['trial']}{where}"
+        assert typed == "leakbench reproduce llg --quick --trials &#39;12;&#39; rm x"  # words, no second command
+
+
+def test_figures_that_are_not_at_hand_are_one_sentence(tmp_path):
+    folder = tmp_path / "breaking_sa"
+    write_rows(folder / "rows.parquet", site_rows()[:12])
+    line = {"setting": "s", "attack": "llg", "metric": "irec", "reference": None, "ours": 0.5}
+    for count, words in ((1, "1 figure of"), (322, "322 figures of")):
+        lines = [line | {"verdict": "figure not at hand"}] * count
+        (folder / "reproduction.json").write_text(json.dumps(lines))
+        text = (build([folder], tmp_path / "site").index.parent / "reproductions.html").read_text()
+        assert f"<p>breaking_sa: {words} the paper not at hand;" in text
+        assert "<table" not in text
+    (folder / "reproduction.json").write_text(json.dumps([*lines, line | {"verdict": "agrees"}]))
+    text = (build([folder], tmp_path / "site").index.parent / "reproductions.html").read_text()
+    assert text.count("<tr data-key=") == 1
+
+
+def test_a_line_of_a_lane_says_where_its_means_are_of_fewer_tasks_than_its_edge(tmp_path):
+    rows = [row for row in site_rows() if row["attack"] != "idlg" or row["batch_size"] == 1]
+    made = build([write_rows(tmp_path / "x.parquet", rows)], tmp_path / "site").index.parent
+    text = (made / "boards/labels.html").read_text()
+    lines = re.findall(r"<tr data-key.*?</tr>", text.partition('id="tasks"')[0], re.S)
+    of = {re.search(r">([^<]+)</a>", line)[1]: "of its 1 task<" in line for line in lines}
+    assert {name: told for name, told in of.items() if told} == {"idlg": True}
+    assert of["llg"] is False

@@ -26,8 +26,14 @@
     value(line, column) {
       const cell = line.cells[column];
       if (this.heads[column].dataset.kind === "text" && !("v" in cell.dataset)) return text(cell).toLowerCase();
-      const number = Number(cell.dataset.v ?? text(cell));
-      return Number.isNaN(number) ? null : number;
+      const shown = cell.dataset.v ?? text(cell);
+      return shown === "" || Number.isNaN(Number(shown)) ? null : Number(shown);
+    }
+
+    // An address names columns: what it sorts by is the same after another column came.
+    sorted() {
+      const dot = this.state.sort.lastIndexOf(".");
+      return [this.titles.indexOf(this.state.sort.slice(0, dot)), this.state.sort.slice(dot + 1)];
     }
 
     buttons() {
@@ -35,10 +41,10 @@
         const span = head.querySelector("span");
         const button = make("button", { type: "button" }, span.textContent);
         button.addEventListener("click", () => {
-          const [now, way] = this.state.sort.split(".");
+          const [now, way] = this.sorted();
           const first = head.dataset.kind === "number" ? "desc" : "asc";
           const second = first === "desc" ? "asc" : "desc";
-          this.state.sort = `${column}.${now === String(column) && way === first ? second : first}`;
+          this.state.sort = `${this.titles[column]}.${now === column && way === first ? second : first}`;
           this.show(true);
         });
         span.replaceWith(button);
@@ -60,7 +66,7 @@
         if (values.length < 2) return;
         const select = make("select", {}, make("option", { value: "" }, "all"), ...values.map((v) => make("option", { value: v }, v)));
         select.addEventListener("change", () => {
-          if (select.value) this.state.keep[column] = select.value; else delete this.state.keep[column];
+          if (select.value) this.state.keep[this.titles[column]] = select.value; else delete this.state.keep[this.titles[column]];
           this.show(true);
         });
         this.selects.push([column, select]);
@@ -95,14 +101,13 @@
       const words = this.state.q.toLowerCase().split(/\s+/).filter(Boolean);
       const all = text(line.row).toLowerCase();
       return words.every((word) => all.includes(word)) &&
-        Object.entries(this.state.keep).every(([column, value]) => text(line.cells[column]) === value);
+        Object.entries(this.state.keep).every(([title, value]) => text(line.cells[this.titles.indexOf(title)]) === value);
     }
 
     show(write) {
-      const [at, way] = this.state.sort.split(".");
-      const column = at === "" || !(at in this.heads) ? null : Number(at);
+      const [column, way] = this.sorted();
       const order = [...this.lines];
-      if (column !== null) {
+      if (column >= 0) {
         const sign = way === "desc" ? -1 : 1;
         const values = new Map(order.map((line) => [line, this.value(line, column)]));
         order.sort((a, b) => {
@@ -121,10 +126,10 @@
         visible += line.row.hidden ? 0 : 1;
         this.body.append(line.row);
       }
-      const sorted = column === null ? "" : `, by ${this.titles[column]} ${way === "desc" ? "descending" : "ascending"}`;
+      const sorted = column < 0 ? "" : `, by ${this.titles[column]} ${way === "desc" ? "descending" : "ascending"}`;
       this.count.textContent = `${visible} of ${this.lines.length} lines${sorted}`;
       if (this.search) this.search.value = this.state.q;
-      for (const [i, select] of this.selects) select.value = this.state.keep[i] || "";
+      for (const [i, select] of this.selects) select.value = this.state.keep[this.titles[i]] || "";
       this.compared();
       if (write) save();
     }
@@ -149,10 +154,24 @@
     }
 
     csv() {
-      const quote = (value) => `"${(/^[=+\-@\t\r]/.test(value) && Number.isNaN(Number(value)) ? "'" : "") + value.replaceAll('"', '""')}"`;
-      const lines = [...this.body.rows].filter((row) => !row.hidden)
-        .map((row) => [...row.cells].slice(0, this.titles.length).map((cell) => quote(text(cell))).join(","));
-      const blob = new Blob([[this.titles.map(quote).join(","), ...lines].join("\r\n") + "\r\n"], { type: "text/csv" });
+      const quote = (value) => `"${(/^[=+\-@]/.test(value) && Number.isNaN(Number(value)) ? "'" : "") + value.replaceAll('"', '""')}"`;
+      const rows = [...this.body.rows].filter((row) => !row.hidden);
+      const parts = (row, i) => JSON.parse(row.cells[i].dataset.parts || "{}");
+      const shown = (row, i) => {
+        const cell = row.cells[i];
+        if (this.heads[i].dataset.kind === "text") return text(cell);
+        const main = cell.cloneNode(true);
+        main.querySelector("small")?.remove();
+        const value = cell.dataset.v ?? text(main);
+        return value === "–" ? "" : value;
+      };
+      const columns = this.titles.flatMap((title, i) => {
+        const names = [...new Set(this.lines.flatMap((line) => Object.keys(parts(line.row, i))))];
+        const more = names.map((name) => [`${title} ${name}`, (row) => String(parts(row, i)[name] ?? "")]);
+        return [[title, (row) => shown(row, i)], ...more];
+      });
+      const lines = [columns.map(([title]) => quote(title)), ...rows.map((row) => columns.map(([, read]) => quote(read(row))))];
+      const blob = new Blob([lines.map((line) => line.join(",")).join("\r\n") + "\r\n"], { type: "text/csv" });
       const link = make("a", { href: URL.createObjectURL(blob), download: `${this.id}.csv` });
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 1000);
@@ -164,7 +183,7 @@
     for (const [id, board] of boards) {
       if (board.state.sort) state.set(`${id}~sort`, board.state.sort);
       if (board.state.q) state.set(`${id}~q`, board.state.q);
-      for (const [column, value] of Object.entries(board.state.keep)) state.set(`${id}~${column}`, value);
+      for (const [title, value] of Object.entries(board.state.keep)) state.set(`${id}~is~${title}`, value);
       if (board.state.compare.length) state.set(`${id}~compare`, board.state.compare.join(" "));
     }
     history.replaceState(null, "", `${location.pathname}${location.search}#${state}`);
@@ -176,13 +195,14 @@
     for (const [id, board] of boards) {
       const fresh = { sort: state.get(`${id}~sort`) || "", q: state.get(`${id}~q`) || "", keep: {}, compare: [] };
       for (const [name, value] of state) {
-        const column = name.startsWith(`${id}~`) ? name.slice(id.length + 1) : "";
-        if (/^\d+$/.test(column) && Number(column) < board.heads.length) fresh.keep[Number(column)] = value;
+        const title = name.startsWith(`${id}~is~`) ? name.slice(id.length + 4) : "";
+        if (board.titles.includes(title)) fresh.keep[title] = value;
       }
       fresh.compare = (state.get(`${id}~compare`) || "").split(" ").filter(Boolean);
       const changed = JSON.stringify(fresh) !== JSON.stringify(board.state);
       board.state = fresh;
       if (changed || !board.count.textContent) board.show(false);
+      if (changed && !board.panel.hidden) board.panel.scrollIntoView({ block: "center" });
     }
   };
 

@@ -11,7 +11,8 @@ from leakbench.board.lanes import EXACT, LaneTable
 from leakbench.board.score import group_ids
 from leakbench.metrics import headline
 from leakbench.site.charts import Interval, forest
-from leakbench.site.data import LANE_TITLES, Data, attack_page, cell_page, slug, task_page
+from leakbench.site.checking import LANE_TITLES
+from leakbench.site.data import Data, attack_page, cell_page, slug, task_page
 from leakbench.site.page import Page
 from leakbench.site.profiles import profile
 from leakbench.site.table import Chart, Column, Line, Table, Value, digits, interval, number, places, rank, whole
@@ -75,7 +76,7 @@ DRAWN = 16
 def pages(data: Data) -> Iterator[Page]:
     """Yield one page per board."""
     for board in BOARDS:
-        tables = [lane_table(data, found, f"lane-{i}") for i, found in enumerate(of_board(data, board))]
+        tables = [lane_table(data, found, lane_id(found)) for found in of_board(data, board)]
         listed = _tasks(data, board)
         context = {
             "intro": [board.text],
@@ -98,6 +99,13 @@ def lane_anchor(line: Any) -> str:
     """Return where on an attack's page the cells behind its line of a lane are."""
     keys = ("season", "benchmark_version", "lane", "target", "stage")
     return slug("-".join(str(line[key]) for key in keys) + ("-demo" if line["demonstration"] else ""))
+
+
+def lane_id(found: LaneTable) -> str:
+    """Return the name of a lane's table in its page and in permalinks."""
+    line = found.lines[0]
+    keys = ("lane", "target", "stage", "suite", "season", "season_commitment", "benchmark_version")
+    return slug("-".join(str(line[key])[:40] for key in keys) + ("-demo" if line["demonstration"] else ""))
 
 
 def lane_title(line: Any) -> str:
@@ -130,15 +138,18 @@ def lane_table(data: Data, found: LaneTable, name: str, most: int | None = None)
     for line in found.lines[:most]:
         page = attack_page(line["attack"])
         behind = f"{page}#{lane_anchor(line)}"
+        # The edge counts every task, what stands beside it only those with a result.
+        part = f"of its {line['covered']} task{'' if line['covered'] == 1 else 's'}"
+        part = part if 0 < line["covered"] < line["tasks"] else ""
         values = [
             Value(line["attack_label"], href=page),
             interval(line["edge"], line["edge_low"], line["edge_high"], decimals, behind),
             rank(line, behind),
-            number(line["mean"], decimals, behind),
+            number(line["mean"], decimals, behind)._replace(extra=part),
             number(line["reference"], decimals, behind),
             number(line["exact"], 2, behind),
             *([number(line["detected"], 2, behind)] if stealth else []),
-            Value(f"{line['covered']}/{line['tasks']}", line["covered"], behind),
+            Value(f"{line['covered']}/{line['tasks']}", line["covered"], behind, parts={"of": float(line["tasks"])}),
         ]
         group = 0 if pd.isna(line["rank_group"]) else int(line["rank_group"])
         lines.append(Line(values, _key(line), group))
@@ -148,8 +159,9 @@ def lane_table(data: Data, found: LaneTable, name: str, most: int | None = None)
         "attacks are not told apart by these tasks and trials."
         if pd.notna(detectable)
         else "One attack: nothing to tell apart.",
-        "Intervals: bootstrap over victims; of ranks, over victims and tasks. Attacks of one group cannot be told from "
-        "its leader. Tasks on which an attack did not run count as chance or floor.",
+        "Intervals, groups and ranks: one bootstrap over victims and tasks. Attacks of one group cannot be told from "
+        "its leader. In the edge, tasks on which an attack did not run count as chance or floor; what stands right of "
+        "its group is a mean over those on which it did, so where lines cover unlike tasks only edges can be compared.",
     ]
     if most is not None:
         return Table(name, lane_title(first), columns, lines, notes[:1])

@@ -67,8 +67,8 @@ def pages(data: Data) -> Iterator[Page]:
             "metric": cell.metric,
             "exact": EXACT[cell.keys["target"]],
             "body": _body(cell, own, evaluations[cell.places]),
-            "example": row_id(own[0], int(cell.rows["trial"][0])),
-            "command": shlex.join(run),
+            "example": row_id(own[0], int(cell.rows["trial"][0])) + data.rows_option(own[0]),
+            "command": "\n".join(data.typed(own[0], "attacks") or [shlex.join(run)]),
             "is_digit_scale": cell.keys["target"] == "inputs",
         }
         title = f"{line['attack_label']} on {cell.keys['task']}"

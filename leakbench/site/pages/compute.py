@@ -11,14 +11,14 @@ import pandas as pd
 from leakbench.site.charts import MOST_SERIES, Point, curves
 from leakbench.site.data import Data, attack_page, slug
 from leakbench.site.page import Page
-from leakbench.site.pages.boards import lane_anchor, lane_title
+from leakbench.site.pages.boards import lane_anchor, lane_id, lane_title
 from leakbench.site.table import Chart, Column, Line, Table, Value, interval, places
 
 
 def pages(data: Data) -> Iterator[Page]:
     """Yield the page of costs."""
     costs = _costs(data.rows)
-    tables = [_table(table.lines, costs, f"cost-{i}") for i, table in enumerate(data.lane_tables)]
+    tables = [_table(table.lines, costs, f"cost-{lane_id(table)}") for table in data.lane_tables]
     intro = [
         "Gradient evaluations and wall seconds per trial, beside the edge over chance or floor. Settings of one attack "
         "are joined: what more compute buys. Seconds are of the machine that the rows name."

@@ -10,12 +10,13 @@ from collections.abc import Callable, Collection, Iterator
 
 import pandas as pd
 
-from leakbench.board.defenses import defenses
+from leakbench.board.defenses import TABLE_KEYS, defenses
 from leakbench.board.pareto import chosen
 from leakbench.board.score import group_ids
 from leakbench.errors import UserError
 from leakbench.site.charts import MOST_SERIES, Point, curves
-from leakbench.site.data import LANE_TITLES, Data, cell_page, defense_page, slug, task_page
+from leakbench.site.checking import LANE_TITLES
+from leakbench.site.data import Data, cell_page, defense_page, slug, task_page
 from leakbench.site.page import Page
 from leakbench.site.table import Chart, Column, Line, Table, Value, interval, number, places, whole
 
@@ -84,7 +85,7 @@ def against_cost(settings: pd.DataFrame, trained: Collection[str] = ()) -> Itera
         drawn = chosen(settings)
     except UserError:
         return  # attacked or trained, and none of them both
-    for place, (_, part) in enumerate(drawn.groupby("panel", sort=True)):
+    for _, part in drawn.groupby("panel", sort=True):
         first = part.iloc[0]
         lane = "no lane" if pd.isna(first["lane"]) else LANE_TITLES.get(first["lane"], first["lane"])
         title = f"Privacy against accuracy: {lane}, {first['target']}, {first['dataset']}"
@@ -100,7 +101,7 @@ def against_cost(settings: pd.DataFrame, trained: Collection[str] = ()) -> Itera
             )
             for _, own in part.groupby("line", sort=True)
         ]
-        name = f"cost-{place}"
+        name = slug("-".join(["cost", *(str(first[key])[:40] for key in TABLE_KEYS)]))
         axes = ("points of accuracy lost", "privacy")
         svg = curves(f"{name}-chart", title, axes, series[:MOST_SERIES], zero=True, origin=True, top=1.0)
         left = [label for label, _ in series[MOST_SERIES:]]

@@ -10,7 +10,7 @@ import pandas as pd
 from leakbench.site.data import Data, attack_page, slug
 from leakbench.site.page import Page
 from leakbench.site.pages.entries import defended_anchor
-from leakbench.site.table import Column, Line, Table, Value
+from leakbench.site.table import Column, Line, Table, Value, digits, places
 
 SHADES = 9
 """Steps of shading."""
@@ -20,9 +20,10 @@ def pages(data: Data) -> Iterator[Page]:
     """Yield the heat map."""
     tables = list(_tables(data.board, _suites(data.rows)))
     intro = [
-        "Every place is a mean over the tasks on which the attack was run without a defense, too, of the share of the "
-        "way from chance (0) to everything (1); for images, of the gain over the floor in dB. Darker leaks more. A "
-        "dash: never run together."
+        "Every place is a mean over tasks of the share of the way from chance (0) to everything (1), at least -1; for "
+        "images, of the gain over the floor in dB. Below a defended mean is that of the same attack without a defense "
+        "on the same tasks: compare these two, since other places are of other tasks. Darker leaks more, paler is of "
+        "one task only. A dash: never run together."
     ]
     context = {"intro": intro, "tables": tables, "empty": "No rows of defended updates yet."}
     yield Page("heatmap.html", "Attacks against defenses", "heatmap.html", context)
@@ -52,15 +53,16 @@ def _of_suite(board: pd.DataFrame, suite: str) -> Iterator[Table]:
     for (target, season, stage), part in board.groupby(["target", "season", "stage"], sort=True, observed=True):
         if part["defense"].nunique() < 2:
             continue
-        part = _paired(part).assign(edge=part["gain" if target == "inputs" else "advantage"])
-        groups = part.groupby(["attack_label", "defense_label"])
-        means, counts = groups["edge"].mean().unstack(), groups["task_hash"].nunique().unstack()
+        part = _paired(part).assign(edge=part["gain"] if target == "inputs" else part["advantage"].clip(lower=-1))
+        by_task = part.groupby(["attack_label", "defense_label", "task_hash"])["edge"].mean()
+        bare = part[part["defense"] == "none"].groupby(["attack_label", "task_hash"])["edge"].mean()
+        groups = by_task.groupby(level=[0, 1])
+        means, counts = groups.mean().unstack(), groups.size().unstack()
         names = {kind: part.groupby(f"{kind}_label")[kind].first() for kind in ("attack", "defense")}
         order = means.max(axis=1).sort_values(ascending=False, kind="stable").index
         defenses = sorted(means.columns, key=lambda label: (names["defense"][label] != "none", label))
         top = float(np.nanmax(means.to_numpy())) or 1.0
-        most, total = int(counts.max().max()), part["task_hash"].nunique()
-        lines = []
+        lines, decimals = [], places(str(target))
         for attack in order:
             values = [Value(attack, href=attack_page(names["attack"][attack]))]
             for defense in defenses:
@@ -71,13 +73,16 @@ def _of_suite(board: pd.DataFrame, suite: str) -> Iterator[Table]:
                     continue
                 shade = int(np.clip(round(SHADES * value / top), 0, SHADES)) if top > 0 else 0
                 page = f"{attack_page(names['attack'][attack])}{anchor}"
-                text, tasks = f"{value:z.{1 if target == 'inputs' else 2}f}", int(counts.loc[attack, defense])
-                extra = "" if tasks == most else f"({tasks})"
-                values.append(Value(text, float(value), page, f"h{shade}", extra))
+                tasks = int(counts.loc[attack, defense])
+                shade = -(-shade // 2) if tasks == 1 else shade
+                extra, parts = f"({tasks} task{'s' if tasks > 1 else ''})", {"tasks": float(tasks)}
+                if names["defense"][defense] != "none":
+                    level = bare.reindex([(attack, task) for task in by_task[attack, defense].index]).mean()
+                    extra = f"undefended {digits(level, decimals)} {extra}"
+                    parts |= {"undefended": float(level)} if pd.notna(level) else {}
+                values.append(Value(digits(value, decimals), float(value), page, f"h{shade}", extra, parts))
             lines.append(Line(values, slug(attack)))
         columns = [Column("attack"), *(Column("none" if d == "none" else d, True) for d in defenses)]
-        of = "its one task" if total == 1 else f"{most} of its {total} tasks"
-        notes = [f"Means over {of}; over fewer where a number is in brackets." if most > 1 else f"Over {of}."]
         unit = "gain, dB" if target == "inputs" else "advantage"
         caption = f"{target}, stage {stage}{f', suite {suite}' if suite else ''}: {unit} (season {season})"
-        yield Table(slug(f"heat-{target}-{season}-{stage}-{suite}"), caption, columns, lines, notes)
+        yield Table(slug(f"heat-{target}-{season}-{stage}-{suite}"), caption, columns, lines)

@@ -51,7 +51,7 @@ def _profiles(data: Data) -> Iterator[Table]:
         lines = chosen(data.measures)
     except UserError:
         return
-    for number, (_, own) in enumerate(lines.groupby(group_ids(lines, ("net", "panel")), sort=True)):
+    for _, own in lines.groupby(group_ids(lines, ("net", "panel")), sort=True):
         panel, net = PANELS[int(own["panel"].iloc[0])], str(own["net"].iloc[0])
         layers = own.sort_values("depth").drop_duplicates("layer")
         place = {layer: i for i, layer in enumerate(layers["layer"])}
@@ -75,14 +75,14 @@ def _profiles(data: Data) -> Iterator[Table]:
         label = panel.label.replace("\n", " ")
         title = f"{net}: {label} ({panel.information} information, {KINDS[panel.kind]})"
         svg = curves(
-            f"profile-{number}", title, ("layers from input to output", label), series, labels=list(place),
+            slug(f"profile-{title}"), title, ("layers from input to output", label), series, labels=list(place),
             zero=panel.neutral == 0,
         )  # fmt: skip
         neutral = "" if panel.neutral is None else f" Nothing leaks at {panel.neutral:g}."
         share = " Every line sums to 1." if panel.share else ""
         more = "" if len(names) == own["series"].nunique() else f" The first {MOST_LINES} tasks; the table has all."
         text = f"{label[0].upper()}{label[1:]}, layer by layer, with 95% intervals.{neutral}{share}{more}"
-        yield _layer_table(own, f"layers-{number}", title, Chart(svg, text))
+        yield _layer_table(own, slug(f"layers-{title}"), title, Chart(svg, text))
 
 
 def _layer_table(own: pd.DataFrame, name: str, title: str, chart: Chart) -> Table:

@@ -55,9 +55,9 @@ def pages(data: Data) -> Iterator[Page]:
         context = {
             "first": {**first, "against": against},
             "task": task_page(task, str(first["task_hash"])) if first["task_hash"] in data.task_hashes else None,
-            "example": job[:SHORT],
-            "command": shlex.join(run),
-            "tables": [_jobs(part), *_values(part)],
+            "example": job[:SHORT] + data.rows_option(job),
+            "command": "\n".join(data.typed(job, "measures") or [shlex.join(run)]),
+            "tables": [_jobs(part, data), *_values(part)],
         }
         yield Page(measured_page(first), f"{first['measure_label']} on {task}{against}", "measured.html", context)
 
@@ -66,12 +66,16 @@ SHORT = 16
 """Digits of a job's id that name it among the jobs of a site."""
 
 
-def _jobs(part: pd.DataFrame) -> Table:
+def _jobs(part: pd.DataFrame, data: Data) -> Table:
     columns = ["job_id", "block_start", "block_stop", "device", "host_kind", "leakbench_version", "git_sha"]
     firsts = part.drop_duplicates("job_id").sort_values("block_start")
     lines = [
         Line(
-            [Value(f"leakbench reproduce {job[:SHORT]}"), whole(start), whole(stop - 1), *map(Value, map(str, rest))],
+            [
+                Value(f"leakbench reproduce {job[:SHORT]}{data.rows_option(job)}"),
+                *(whole(start), whole(stop - 1)),
+                *map(Value, map(str, rest)),
+            ],
             job,
         )
         for job, start, stop, *rest in firsts[columns].itertuples(index=False, name=None)

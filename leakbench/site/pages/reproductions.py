@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from leakbench.board.reproduction import NO_FIGURE
 from leakbench.site.data import Data, cell_page, slug, task_page
 from leakbench.site.page import Page
 from leakbench.site.pages.measured import behind
@@ -28,6 +29,8 @@ _FILES = (
     ("claims", "claims", _CLAIMS),
     ("claims", "comparisons", _COMPARED),
 )
+_NAMED = ("setting", "claim", "attack", "defense", "metric", "quantity", "note")
+"""What tells lines of a table apart."""
 _CHOICES = frozenset({"verdict", "metric", "attack", "quantity"})
 _LINKED = frozenset({"ours", "low", "high", "n", "difference", "more", "less"})
 
@@ -35,12 +38,19 @@ _LINKED = frozenset({"ours", "low", "high", "n", "difference", "more", "less"})
 def pages(data: Data) -> Iterator[Page]:
     """Yield the page of reproductions."""
     cells = _cells(data)
-    tables = [table for folder in data.folders for table in _of_folder(folder, cells, data)]
+    found = [part for folder in data.folders for part in _of_folder(folder, cells, data)]
+    told = [part for part in found if isinstance(part, str)]
+    tables = [part for part in found if not isinstance(part, str)]
     intro = [
         "A figure agrees where it differs from ours by no more than sampling explains (95%); a claim, where two thirds "
-        "of its comparisons do. Figures lead to the rows of their setting, comparisons to the values measured there."
+        "of its comparisons do. Figures lead to the rows of their setting, comparisons to the values measured there.",
+        *told,
     ]
-    empty = "No paper was reproduced into these results; run, for instance: leakbench reproduce ilrg --quick"
+    empty = (
+        "No figure to compare with."
+        if told
+        else "No paper was reproduced into these results; run, for instance: leakbench reproduce ilrg --quick"
+    )
     yield Page(PATH, "Reproductions", context={"intro": intro, "tables": tables, "empty": empty})
 
 
@@ -50,8 +60,11 @@ def _cells(data: Data) -> dict[tuple[str, str, str], str]:
     return {(t, a, d): cell_page(i) for t, a, d, i in data.board[columns].itertuples(index=False, name=None)}
 
 
-def _of_folder(folder: Path, cells: dict[tuple[str, str, str], str], data: Data) -> Iterator[Table]:
-    """Yield the tables of a folder; a file that cannot be read is left out, as if it were not there."""
+def _of_folder(folder: Path, cells: dict[tuple[str, str, str], str], data: Data) -> Iterator[Table | str]:
+    """Yield the tables of a folder, and a sentence on what cannot be compared.
+
+    A file that cannot be read is left out, as if it were not there.
+    """
     paper = folder.name.removesuffix("-quick")
     quick = " --quick" if paper != folder.name else " (or with --quick: fewer cells and trials)"
     command = f"Written by: leakbench reproduce {paper}{quick}"
@@ -59,20 +72,30 @@ def _of_folder(folder: Path, cells: dict[tuple[str, str, str], str], data: Data)
     for stem, key, columns in _FILES:
         try:
             found = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-            lines = found if key is None else found[key]
+            every = found if key is None else found[key]
+            lines = [line for line in every if line.get("verdict") != NO_FIGURE]
             table = [_line(line, columns, cells, data, comparisons) for line in lines]
             counts = pd.Series([str(line.get("verdict")) for line in lines]).value_counts()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if left := len(every) - len(lines):
+            figures = "1 figure" if left == 1 else f"{left:,} figures"
+            yield f"{folder.name}: {figures} of the paper not at hand; our numbers are on the pages of the tasks."
+        if not lines:
             continue
         caption = f"{folder.name}{'' if key is None else f', {key}'}: "
         yield Table(
             slug(f"{key or stem}-{folder.name}"),
             caption + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
             [Column(name, name in _NUMBERS, choose=name in _CHOICES) for name in columns],
-            [Line(values, str(i)) for i, values in enumerate(table)],
+            [Line(values, _key(line)) for line, values in zip(lines, table, strict=True)],
             [command],
             compare=True,
         )
+
+
+def _key(line: dict[str, Any]) -> str:
+    return slug(" ".join(str(line.get(key)) for key in _NAMED))
 
 
 def _line(

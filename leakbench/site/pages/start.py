@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from leakbench.site.data import Data
 from leakbench.site.page import Page
-from leakbench.site.pages.boards import BOARDS, lane_table, of_board
+from leakbench.site.pages.boards import BOARDS, lane_id, lane_table, of_board
 
 FIRST = 5
 """Attacks of a headline board."""
@@ -22,7 +22,7 @@ def pages(data: Data) -> Iterator[Page]:
     for board in BOARDS:
         found = of_board(data, board)[:left]
         left -= len(found)
-        tables = [lane_table(data, table, f"{board.short.lower()}-{i}", FIRST) for i, table in enumerate(found)]
+        tables = [lane_table(data, table, lane_id(table), FIRST) for table in found]
         boards.append({"path": board.path, "title": board.title, "text": board.text, "tables": tables})
     badges = data.board["badge"].value_counts()
     counts = {
