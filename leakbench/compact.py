@@ -6,11 +6,14 @@ checks. Updates that `leakbench utility` kept stay where they are.
 
 from __future__ import annotations
 
+import fcntl
 import json
-import shutil
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +33,7 @@ from leakbench.store import (
     read_compacted,
     read_jobs,
     stores,
+    unreadable,
     write_parquet,
 )
 
@@ -70,30 +74,53 @@ def compact(runs: Sequence[Path], out: Path) -> Compacted:
         out: Folder to write; rows that it holds already have to be among those of the runs.
 
     Raises:
-        UserError: A folder holds no rows, or those of another schema version; rows in ``out`` would be lost; or files
-            cannot be read or written.
+        UserError: A folder holds no rows, or those of another schema version; rows in ``out`` would be lost; runs have
+            reports of one name with other content; another process writes ``out``; or files are damaged, or cannot be
+            read or written.
     """
     for run in runs:
         if not run.is_dir() or not set(stores(run)) & {run / folder for folder in FOLDERS.values()}:
             raise UserError(f"no rows in {run}: expected the output directory of one run, such as runs/quick")
+    damaged = [path for folder in dict.fromkeys([*runs, out]) for path in unreadable(folder)]
+    if damaged:
+        raise UserError(
+            f"damaged files of rows ({len(damaged)}, first {damaged[0]}): expected whole ones; delete them, and run "
+            "those jobs again"
+        )
     prepare_out(out)
     done = Compacted(out)
     try:
-        for kind, folder in FOLDERS.items():
-            jobs = {(job.season, job.job_id): job for run in runs for job in job_files(run / folder)}
-            _keeps([(job.season, job.job_id) for job in job_files(out / folder)], jobs, out)
-            if jobs:
-                table = _joined(jobs.values(), [command for run in runs for command in commands(run / folder)])
-                write_parquet(table, out / folder / COMPACTED)
-                done.jobs[kind], done.rows[kind] = len(jobs), len(table)
-        done.pictures = _pictures(runs, out)
-        for file in (run / name for run in runs for name in REPORTS):
-            if file.is_file() and file.parent != out:
-                shutil.copyfile(file, out / file.name)
+        with _locked(out):
+            pictures, reports = _pictures(runs), _reports(runs)
+            for kind, folder in FOLDERS.items():
+                jobs = {(job.season, job.job_id): job for run in runs for job in job_files(run / folder)}
+                _keeps([(job.season, job.job_id) for job in job_files(out / folder)], jobs, out)
+                if jobs:
+                    table = _joined(jobs.values(), [command for run in runs for command in commands(run / folder)])
+                    write_parquet(table, out / folder / COMPACTED)
+                    done.jobs[kind], done.rows[kind] = len(jobs), len(table)
+            if pictures is not None:
+                write_parquet(pictures, out / PICTURES / "pictures.parquet")
+                done.pictures = len(pictures)
+            for name, content in reports.items():
+                (out / name).write_bytes(content)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"--out {out}: rows cannot be read or written ({str(error)[:200]})") from None
+        raise UserError(f"--out {out}: rows or pictures cannot be read or written ({str(error)[:200]})") from None
     done.bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return done
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Let one process at a time write a folder: what another has just written would be lost unseen."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another leakbench compact writes there; wait, or use another --out") from None
+    finally:
+        os.close(folder)
 
 
 def _keeps(there: Iterable[tuple[str, str]], jobs: dict[tuple[str, str], JobFile], out: Path) -> None:
@@ -136,14 +163,28 @@ def commands_of(path: Path) -> list[str]:
         return []
 
 
-def _pictures(runs: Sequence[Path], out: Path) -> int:
-    """Write the galleries of runs as one file, and return its lines."""
-    tables = {path.name: path for run in runs for path in sorted((run / PICTURES).glob("[!.]*.parquet"))}
-    found = [table for table in map(pq.read_table, tables.values()) if table.schema.equals(PICTURE_SCHEMA)]
-    if not found:
-        return 0
-    lines = {(line["job_id"], line["rule"]): line for table in found for line in table.to_pylist()}
+def _pictures(runs: Sequence[Path]) -> pa.Table | None:
+    """Return the galleries of runs as one; None where there are no pictures."""
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in (path for run in runs for path in sorted((run / PICTURES).glob("[!.]*.parquet"))):
+        table = pq.read_table(path)
+        if not table.schema.equals(PICTURE_SCHEMA):
+            raise UserError(f"{path}: expected pictures as this leakbench writes them, got other columns; delete it")
+        lines |= {(line["job_id"], line["rule"]): line for line in table.to_pylist()}
+    if not lines:
+        return None
     joined = pa.Table.from_pylist(list(lines.values()), schema=PICTURE_SCHEMA)
     order = [(key, "ascending") for key in ("task", "attack_label", "defense_label", "job_id", "rule")]
-    write_parquet(joined.sort_by(order), out / PICTURES / "pictures.parquet")
-    return len(joined)
+    return joined.sort_by(order)
+
+
+def _reports(runs: Sequence[Path]) -> dict[str, bytes]:
+    """Return the reports of runs by name."""
+    found: dict[str, bytes] = {}
+    for file in (run / name for run in runs for name in REPORTS):
+        if file.is_file() and found.setdefault(file.name, file.read_bytes()) != file.read_bytes():
+            raise UserError(
+                f"{file}: another run has a {file.name} with other content, of which one would be lost; compact these "
+                "runs into folders of their own"
+            )
+    return found

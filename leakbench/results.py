@@ -87,13 +87,15 @@ _SAME_TRIAL = (
     *("attack", "attack_version", "attack_params", "attack_source_sha256"),
     *("budget_model_evaluations", "budget_wall_seconds", "trial"),
 )
+_UNKNOWN_WITHOUT_DATA = ("dataset_fingerprint", "checkpoint_sha256")
 _SAME_VALUE = (*_SAME_MODEL, "measure", "measure_version", "measure_params", "quantity", "layer", "trial")
 
 
 def load_rows(out: Path | Iterable[Path]) -> pd.DataFrame:
     """Return the rows under one or several output directories, one per trial.
 
-    Where a trial was measured in several jobs, the row of the widest and then latest block is kept.
+    Where a trial was measured in several jobs, the row of the widest and then latest block is kept; one whose data was
+    not at hand only where there is no other.
 
     Raises:
         UserError: A directory is missing, holds rows of another schema version, or no rows at all.
@@ -192,8 +194,22 @@ def _latest(rows: pd.DataFrame, same: Sequence[str]) -> pd.DataFrame:
     few["_width"] = (rows["block_stop"] - rows["block_start"]).to_numpy()
     # Failed measures have no trial: one row stands for its block.
     few["_block"] = rows["block_start"].where(rows["status"] != "ok", -1).to_numpy() if "measure" in rows else 0
-    order = few.sort_values(["_width", "utc"], kind="stable")
+    _complete(few, same)
+    few["_tried"] = (rows["status"] != "unavailable").to_numpy()
+    order = few.sort_values(["_tried", "_width", "utc"], kind="stable")
     kept = order.drop_duplicates([*same, "_block"], keep="last").index
     if len(kept) < len(rows):
         rows = rows.iloc[kept.sort_values()]
     return rows.reset_index(drop=True)
+
+
+def _complete(few: pd.DataFrame, same: Sequence[str]) -> None:
+    """Write into rows without data or model, as the job failed before, those of other rows of the same trial."""
+    columns = [name for name in _UNKNOWN_WITHOUT_DATA if few[name].isna().any()]
+    if not columns:
+        return
+    others = [name for name in same if name not in _UNKNOWN_WITHOUT_DATA]
+    trial = few.groupby(others, dropna=False, observed=True, sort=False).ngroup()
+    for name in columns:
+        known = few[name].astype(object)
+        few[name] = known.fillna(trial.map(known[known.notna()].groupby(trial).first()))

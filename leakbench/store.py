@@ -12,9 +12,11 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ MEASURES_FOLDER = "measures"
 
 UTILITY_FOLDER = "utility"
 """Folder of an output directory that holds the rows of federated trainings, in the same layout."""
+
+_LEFT_SECONDS = 600  # a temporary file that was not written to for so long is of a killed writer
 
 
 def job_path(out: Path, job_id: str, season: str) -> Path:
@@ -130,7 +134,7 @@ def rows_sha256(table: pa.Table) -> str:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a file that is whole as soon as it has its name, and remove what killed writers of it left.
+    """Write a file that is whole as soon as it has its name, and remove what writers of it left that were killed.
 
     Raises:
         OSError: The directory cannot be written.
@@ -141,20 +145,15 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         pq.write_table(table, file, compression="zstd", write_statistics=False)
         file.flush()
         os.fsync(file.fileno())
-    _publish(Path(name), path)
+    os.chmod(name, 0o644)  # mkstemp makes files that only the owner reads; results are to be shared
+    os.replace(name, path)
     _sync_directory(path.parent)
-    for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    try:
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner reads; results are to be shared
-        os.replace(temporary, path)
-    except FileNotFoundError:
-        # Another process finished the same job at the same moment and cleaned up; its rows are as good.
-        if not path.exists():
-            raise
+    for other in path.parent.glob(f".{path.stem}.*.tmp"):
+        try:
+            if time.time() - other.stat().st_mtime > _LEFT_SECONDS:
+                other.unlink()
+        except FileNotFoundError:
+            continue  # its writer is done, or another one removed it
 
 
 @dataclass(frozen=True)
@@ -222,6 +221,15 @@ class JobFile:
 def read_job_status(path: Path) -> JobFile | None:
     """Return what the footer says, or None where the file is missing, cut off, damaged or not of one job."""
     try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _job_status(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=1 << 16)  # commands read the footers of a run several times
+def _job_status(path: Path, _size: int, _written: int, _inode: int) -> JobFile | None:
+    try:
         footer = pq.read_metadata(path)
         note = {key.decode(): value.decode() for key, value in (footer.metadata or {}).items()}
         job = JobFile.of(path, note)
@@ -281,6 +289,17 @@ def job_files(out: Path) -> Iterator[JobFile]:
         yield job
 
 
+def unreadable(run: Path) -> list[Path]:
+    """Return the files of a run, of attacks, measures and trainings, that hold no whole job and are read as absent."""
+    found: list[Path] = []
+    for store in (run, run / MEASURES_FOLDER, run / UTILITY_FOLDER):
+        files = sorted(store.glob("*/[0-9a-f][0-9a-f]/[!.]*.parquet"))
+        found += [path for path in files if read_job_status(path) is None]
+        if (store / COMPACTED).exists() and read_compacted(store / COMPACTED) is None:
+            found.append(store / COMPACTED)
+    return found
+
+
 def completed_jobs(out: Path, season: str) -> dict[str, JobFile]:
     """Return the whole result files of a season under ``out`` by job id; empty where there are none.
 
@@ -300,7 +319,7 @@ def stores(folder: Path) -> list[Path]:
 
 
 def result_folders(paths: Iterable[Path]) -> list[Path]:
-    """Return the folders of runs: those named, and instead of one without rows of its own those below it.
+    """Return the folders of runs at or below those named; one without any is returned as it is.
 
     Args:
         paths: Output directories, or folders of them such as ``results``.
@@ -311,5 +330,5 @@ def result_folders(paths: Iterable[Path]) -> list[Path]:
             store.parent if store.name in (MEASURES_FOLDER, UTILITY_FOLDER) and store != path else store
             for store in stores(path)
         }
-        found += [path] if path in runs or not runs else sorted(runs)
+        found += sorted(runs) or [path]
     return list(dict.fromkeys(found))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -44,6 +45,18 @@ def _fail(message: str) -> NoReturn:
 def print_json(value: Any) -> None:
     """Print a value as indented JSON."""
     click.echo(json.dumps(value, indent=2, default=str))
+
+
+def runs_below(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """Return the folders of runs, as `leakbench.store.result_folders`, and warn of files there that are left out."""
+    from leakbench.store import result_folders, unreadable
+
+    folders = tuple(result_folders(paths))
+    damaged = [path for folder in folders for path in unreadable(folder)]
+    if damaged:
+        files = "1 damaged file" if len(damaged) == 1 else f"{len(damaged)} damaged files"
+        click.echo(f"warning: {files} of rows left out, first {damaged[0]}", err=True)
+    return folders
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from leakbench.cli.base import cli, print_json
+from leakbench.cli.base import cli, print_json, runs_below
 
 
 @cli.command()
@@ -40,7 +40,7 @@ def provenance(results: tuple[Path, ...], into: Path | None, as_json: bool) -> N
     from leakbench.board.origins import markdown, origins
     from leakbench.board.readme import write_into
 
-    lines = origins(results)
+    lines = origins(runs_below(results))
     if into is not None:
         write_into(into, "provenance", markdown(lines))
         click.echo(into)
@@ -80,7 +80,7 @@ def site(
     from leakbench.site.build import build
     from leakbench.site.data import Options
 
-    built = build(results, out, Options(repository, changelog, again, signers))
+    built = build(runs_below(results), out, Options(repository, changelog, again, signers))
     if as_json:
         print_json({"index": str(built.index), "pages": built.pages, "rows": built.rows})
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from leakbench.cli.base import cli, print_json
+from leakbench.cli.base import cli, print_json, runs_below
 from leakbench.errors import UserError
 
 
@@ -76,9 +76,7 @@ def board(
     With --defenses, how private each defense is under the worst attack, beside the accuracy that it costs where
     `leakbench utility` trained with it, and what AutoLeak found.
     """
-    from leakbench.store import result_folders
-
-    out = tuple(result_folders(out))
+    out = runs_below(out)
     if defenses or pareto is not None:
         if only_lanes or measures or profile is not None:
             raise UserError("--defenses: expected the board of defenses, got another board too; leave one out")

@@ -16,9 +16,10 @@ from leakbench import evaluate
 from leakbench.board.origins import origins
 from leakbench.compact import compact
 from leakbench.errors import UserError
+from leakbench.gallery import FOLDER as PICTURES
 from leakbench.gallery import read_gallery
 from leakbench.results import completed_jobs, load_rows
-from leakbench.store import COMPACTED, JOBS, job_files, read_compacted, result_folders
+from leakbench.store import COMPACTED, JOBS, job_files, read_compacted, result_folders, unreadable, write_parquet
 from leakbench.submitting.drift import drift
 from leakbench.submitting.rerun import find_job
 from leakbench.submitting.verify import verify
@@ -131,6 +132,84 @@ def test_shards_become_one_and_rows_that_would_be_lost_are_kept(run, compacted, 
     )
 
 
+def test_compacted_folders_become_one_with_the_pictures_of_all(run, compacted, tmp_path):
+    of = {job.job_id: job.path for job in job_files(run)}
+    shown = pq.read_table(compacted / PICTURES / "pictures.parquet").to_pylist()
+    assert len({line["job_id"] for line in shown}) == 3
+    halves = []
+    for number, ids in enumerate((list(of)[:1], list(of)[1:])):
+        for path in (path for name in ids for path in (of[name], run / PICTURES / f"{name}.parquet")):
+            place = tmp_path / f"run{number}" / path.relative_to(run)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+        halves.append(compact([tmp_path / f"run{number}"], tmp_path / f"half{number}").out)
+    both = compact(halves, tmp_path / "both").out
+    assert pq.read_table(both / PICTURES / "pictures.parquet").to_pylist() == shown
+    for half, text in zip(halves, ("a", "b"), strict=True):
+        (half / "claims.md").write_text(text)
+    with pytest.raises(UserError, match=r"claims\.md with other content"):
+        compact(halves, tmp_path / "more")
+    (halves[0] / "claims.md").write_text("b")
+    compact(halves, both)
+    assert (both / "claims.md").read_text() == "b"
+    other = halves[0] / PICTURES / "pictures.parquet"
+    pq.write_table(pa.table({"job_id": ["a"]}), other)
+    with pytest.raises(UserError, match="expected pictures as this leakbench writes them"):
+        compact(halves, tmp_path / "more")
+    other.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="pictures cannot be read"):
+        compact(halves, tmp_path / "more")
+    assert not list((tmp_path / "more").iterdir())
+
+
+def test_a_damaged_file_is_not_left_out_in_silence(run, compacted, tmp_path, leakbench):
+    copy = shutil.copytree(run, tmp_path / "runs" / "tiny")
+    path = next(job_files(copy)).path
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"damaged files of rows \(1, first {path}\)"):
+        compact([copy], tmp_path / "out")
+    for command in ("board", "rows", "provenance"):
+        code, out, err = leakbench(command, copy.parent)
+        assert (code, err) == (0, f"warning: 1 damaged file of rows left out, first {path}\n")
+        assert out
+    cut = tmp_path / "cut" / COMPACTED
+    cut.parent.mkdir()
+    cut.write_bytes((compacted / COMPACTED).read_bytes()[:-100])
+    assert f"1 damaged file of rows left out, first {cut}" in leakbench("board", run, cut.parent)[2]
+    with pytest.raises(UserError, match="damaged files of rows"):
+        compact([run], cut.parent)
+    assert unreadable(run) == unreadable(compacted) == []
+
+
+def test_one_process_at_a_time_writes_a_folder(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def write(table, path):
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="another leakbench compact writes there"):
+            compact([run], out)
+        write_parquet(table, path)
+
+    monkeypatch.setattr("leakbench.compact.write_parquet", write)
+    assert compact([run], out).rows == {"attacks": 9}
+    assert compact([run], out).rows == {"attacks": 9}
+
+
+def test_a_run_below_a_run_is_read_by_all_commands_alike(compacted, run, tmp_path):
+    first, *others = [job.path for job in job_files(run)]
+    place = tmp_path / "nest" / "below" / first.relative_to(run)
+    place.parent.mkdir(parents=True)
+    shutil.copyfile(first, place)
+    shutil.copytree(run / PICTURES, tmp_path / "nest" / "below" / PICTURES)
+    for path in others:
+        (tmp_path / "nest" / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, tmp_path / "nest" / path.relative_to(run))
+    folders = result_folders([tmp_path / "nest"])
+    assert folders == [tmp_path / "nest", tmp_path / "nest" / "below"]
+    assert len(load_rows(folders)) == verify([tmp_path / "nest"]).rows == 9
+    assert verify([tmp_path / "nest"]).problems == []
+
+
 def test_what_holds_no_rows_is_refused(run, tmp_path):
     for folder in (tmp_path, tmp_path / "none", run.parent):
         with pytest.raises(UserError, match="expected the output directory of one run"):
@@ -172,5 +251,5 @@ def test_drift_is_any_number_that_the_same_job_gave_otherwise(run, compacted, tm
 
     rewrite(copy / COMPACTED, elsewhere)
     assert drift([run], [copy]).off == []
-    with pytest.raises(UserError, match="no job is both under"):
+    with pytest.raises(UserError, match="no folder"):
         drift([run], [tmp_path / "none"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -100,8 +101,11 @@ def test_a_writer_killed_before_the_rename_leaves_no_job_and_the_next_write_clea
     )
     here = str(Path(__file__).parent)
     assert subprocess.run([sys.executable, "-c", code], cwd=here, check=False).returncode == -9
-    assert len(list(tmp_path.rglob("*.tmp"))) == 1
+    (left,) = tmp_path.rglob("*.tmp")
     assert results.completed_jobs(tmp_path, "development") == {}
+    results.write_job(tmp_path, "ab12", "development", job())
+    assert left.exists()  # as if its writer were still at it
+    os.utime(left, (time.time() - 3600,) * 2)
     results.write_job(tmp_path, "ab12", "development", job())
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["ab12.parquet"]
 
@@ -114,6 +118,21 @@ def test_of_two_measurements_of_a_trial_the_widest_then_latest_block_counts(tmp_
     results.write_job(tmp_path, "a4", "development", job("a4", range(2), instance_recall=0.4, attack_params="y"))
     rows = results.load_rows(tmp_path)
     assert rows["instance_recall"].tolist() == [0.2] * 4 + [0.4] * 2
+
+
+def test_a_failure_without_data_and_the_later_success_are_one_trial_and_missing_data_is_no_news(tmp_path):
+    shown = {"dataset_fingerprint": "d" * 64, "checkpoint_sha256": "c" * 64}
+    hours = [{"utc": WRITTEN + timedelta(hours=h)} for h in range(3)]
+    results.write_job(tmp_path / "a", "a1", "development", job("a1", status="error", **hours[0]))
+    results.write_job(tmp_path / "b", "a1", "development", job("a1", instance_recall=0.5, **shown, **hours[1]))
+    results.write_job(tmp_path / "c", "a1", "development", job("a1", status="unavailable", **hours[2]))
+    rows = results.load_rows([tmp_path / name for name in "abc"])
+    assert rows["instance_recall"].tolist() == [0.5, 0.5]
+    results.write_job(tmp_path / "d", "a1", "development", job("a1", status="error", **hours[2]))
+    assert results.load_rows([tmp_path / "d", tmp_path / "b"])["status"].tolist() == ["error"] * 2
+    other = job("a1", instance_recall=0.7, **shown | {"dataset_fingerprint": "e" * 64})
+    results.write_job(tmp_path / "e", "a1", "development", other)
+    assert len(results.load_rows([tmp_path / "b", tmp_path / "e"])) == 4
 
 
 def test_rows_of_several_directories_are_one_frame(tmp_path):
