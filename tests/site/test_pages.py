@@ -469,3 +469,12 @@ def test_a_line_of_a_lane_says_where_its_means_are_of_fewer_tasks_than_its_edge(
     of = {re.search(r">([^<]+)</a>", line)[1]: "of its 1 task<" in line for line in lines}
     assert {name: told for name, told in of.items() if told} == {"idlg": True}
     assert of["llg"] is False
+
+
+def test_a_row_has_its_value_where_it_is_shown_rounded(tmp_path):
+    rows = [
+        row | {"instance_recall": value} for row, value in zip(site_rows(), (0.123456789, 0.25, None), strict=False)
+    ]
+    (cell,) = build([write_rows(tmp_path / "x.parquet", rows)], tmp_path / "site").index.parent.glob("cells/*/*.html")
+    places = [re.findall(r"<td.*?</td>", line)[2] for line in re.findall(r"<tr id=.*", cell.read_text())]
+    assert sorted(places) == ['<td data-v="0.123456789">0.1235</td>', "<td>0.25</td>", "<td>–</td>"]

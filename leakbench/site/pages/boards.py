@@ -104,8 +104,9 @@ def lane_anchor(line: Any) -> str:
 def lane_id(found: LaneTable) -> str:
     """Return the name of a lane's table in its page and in permalinks."""
     line = found.lines[0]
-    keys = ("lane", "target", "stage", "suite", "season", "season_commitment", "benchmark_version")
-    return slug("-".join(str(line[key])[:40] for key in keys) + ("-demo" if line["demonstration"] else ""))
+    keys = ("lane", "target", "stage", "suite", "season", "benchmark_version")
+    name = "-".join([*(str(line[key]) for key in keys), str(line["season_commitment"])[:8]])
+    return slug(name + ("-demo" if line["demonstration"] else ""))
 
 
 def lane_title(line: Any) -> str:

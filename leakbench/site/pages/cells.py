@@ -97,8 +97,8 @@ def _body(cell: Cell, jobs: Any, evaluations: Any) -> Markup:
     }
     lines = [
         f'<tr id="t{trial}-{draw}"><th scope="row">{trial}</th><td>{draw}</td><td>{safe[status]}</td>'
-        f"<td>{_number(value)}</td><td>{_number(reference)}</td><td>{_number(exact)}</td><td>{_number(count)}</td>"
-        f'<td>{_number(seconds)}</td><td class="x"><code>{safe[job[:SHORT]]}:{trial}</code></td>'
+        f"{_number(value)}{_number(reference)}{_number(exact)}{_number(count)}{_number(seconds)}"
+        f'<td class="x"><code>{safe[job[:SHORT]]}:{trial}</code></td>'
         f'<td class="x">{"" if error is None else safe[error]}</td></tr>'
         for trial, draw, status, value, reference, exact, count, seconds, job, error in columns
     ]
@@ -106,4 +106,7 @@ def _body(cell: Cell, jobs: Any, evaluations: Any) -> Markup:
 
 
 def _number(value: float) -> str:
-    return "–" if value != value else f"{value:.4g}"
+    """Return a place of the table, with the value itself where it is shown rounded."""
+    shown = "–" if value != value else f"{value:.4g}"
+    exact = "" if value != value or float(shown) == value else f' data-v="{value!r}"'
+    return f"<td{exact}>{shown}</td>"
