@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from leakbench.cli.base import cli, print_json
+from leakbench.cli.base import cli, print_json, runs_below
 
 _MARKS = {"ok": ("ok", "green"), "failed": ("failed", "red"), "todo": ("to do", "yellow"), "skipped": ("skipped", None)}
 
@@ -123,9 +123,8 @@ def rows(results: tuple[Path, ...], attack: str | None, defense: str | None, tas
     """List the rows under RESULTS by the id that `leakbench reproduce` takes, with the metric that boards rank by."""
     from leakbench.metrics import headline
     from leakbench.results import load_rows
-    from leakbench.store import result_folders
 
-    table = load_rows(result_folders(results))
+    table = load_rows(runs_below(results))
     for column, wanted in (("attack", attack), ("defense", defense)):
         if wanted is not None:
             table = table[table[column] == wanted]
