@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ from leakbench.entries import EntrySpec
 from leakbench.parts import content_hash
 from leakbench.stage import IN_TRAINING
 from leakbench.submitting.identity import Doubt, Row, chains, doubt, explains_job_id
+from leakbench.submitting.known import Declared
 from leakbench.tasks import Architecture, BatchSpec, Protocol, Task
 from leakbench.utility.attacked import WHERE
 from leakbench.utility.plan import TRAINING
@@ -160,10 +161,12 @@ class AtHand:
     Args:
         classes: Class names of entries that are given by path, by the hash of their source.
         kept: Updates that trainings kept.
+        declared: What the rows that were read say of entries.
     """
 
     classes: Mapping[str, str]
     kept: KeptUpdates
+    declared: Declared = field(default_factory=Declared)
 
 
 def job_doubt(rows: Sequence[Row], hand: AtHand) -> Doubt | None:

@@ -18,7 +18,6 @@ from leakbench.measures.rows import MEASURE_FIELDS
 from leakbench.metrics import METRICS
 from leakbench.provenance import code_sha256
 from leakbench.schema import BENCHMARK_VERSION, ROW_FIELDS, SCHEMA_VERSION, STATUSES, Field, arrow_schema
-from leakbench.sources import sources
 from leakbench.store import (
     COMPACTED,
     MEASURES_FOLDER,
@@ -40,6 +39,7 @@ from leakbench.submitting.identity import (
     task_of,
     wrong_task_columns,
 )
+from leakbench.submitting.known import unknown, wrong_names
 from leakbench.submitting.seal import SEAL, SIGNATURE, broken_seal, signer_of
 from leakbench.submitting.trainings import AtHand, KeptUpdates, explains_training, job_doubt, wrong_training_values
 from leakbench.utility.rows import UTILITY_FIELDS
@@ -133,6 +133,7 @@ def verify(
                 _file(path, store, found, hand, seen, parts)
         if seals:
             _check_seals(folder, found, signers)
+    found.problems += [Problem(*text) for text in hand.declared.wrong()]
     if parts:
         _check_across(pd.concat(parts, ignore_index=True), found)
     return found
@@ -300,18 +301,9 @@ def _identity(
         found.notes.append(Problem(where, _NOTED[reason]))
     elif reason is not None:
         yield f"forged or unknown: job id {row['job_id'][:12]}... {_DOUBTS[reason]}"
-    for kind in ("attack", "defense") if fields is ROW_FIELDS else ("defense",):
-        for text in _other_code(row, kind):
-            found.notes.append(Problem(where, text))
-
-
-def _other_code(row: Mapping[str, Any], kind: str) -> Iterator[str]:
-    """Yield which entries have other code here than when the row was made."""
-    names = [] if row[kind] == "none" else row[kind].split("+")
-    known = sources("attack" if kind == "attack" else "defense")
-    for name, sha in zip(names, (row[f"{kind}_source_sha256"] or "").split("+"), strict=False):
-        if name in known and sha and known.get(name).sha256 != sha:
-            yield f"{kind} {name}: its source has changed since (source_sha256); the row is of the older one"
+    yield from wrong_names(row)
+    hand.declared.add(where, row)
+    found.notes += [Problem(where, text) for text in unknown(row, hand.classes)]
 
 
 def _check_across(rows: pd.DataFrame, found: Verified) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import shutil
 
 import pandas as pd
@@ -14,6 +15,7 @@ import leakbench.tasks as tasks
 from leakbench import evaluate
 from leakbench.metrics import METRICS
 from leakbench.submitting.across import COLUMNS, contradictions, remarks
+from leakbench.submitting.known import Declared, unknown, wrong_names
 from leakbench.submitting.verify import verify
 
 TASK = tasks.Task(
@@ -77,3 +79,45 @@ def test_models_trained_twice_are_noted():
     ).assign(**dict.fromkeys(METRICS, 0.5))
     assert [*contradictions(rows)] == []
     assert any("trained more than once" in text for _, text in remarks(rows))
+
+
+@pytest.fixture
+def chain(one_cache, tmp_path):
+    """A folder with one job of an attack against a chain of defenses, and its file."""
+    evaluate("random_labels", TASK, "gaussian_noise+topk", trials=2, isolation="none", out=tmp_path / "rows")
+    (path,) = (tmp_path / "rows").glob("*/*/*.parquet")
+    return tmp_path / "rows", path
+
+
+def test_what_a_source_at_hand_declares_cannot_be_told_otherwise(chain):
+    folder, path = chain
+    row = pq.read_table(path).to_pylist()[0]
+
+    def wrong(**columns):
+        declared = Declared()
+        declared.add("here", row | columns)
+        return [text for _, text in declared.wrong()]
+
+    assert [*wrong(), *wrong_names(row), *unknown(row, ())] == []
+    assert len(json.loads(row["defense_adaptive"])) == 2
+    for columns in ({"attack_version": 9}, {"defense_adaptive": "[[],[]]"}, {"defense_strength": "[null, null]"}):
+        (text,) = wrong(**columns)
+        assert text.startswith(f"forged: {next(iter(columns))} is ")
+    # Of other code, or of an entry elsewhere, nothing is known.
+    assert wrong(attack_source_sha256="a" * 64, attack_version=9) == []
+    rewrite(path, {"defense_adaptive": "[[],[]]"})
+    assert any("defense_adaptive is [[],[]], but the source" in text for text in refused(folder))
+
+
+def test_an_entry_that_is_nowhere_is_noted_and_a_path_is_no_name(chain):
+    folder, path = chain
+    row = pq.read_table(path).to_pylist()[0]
+    invented = row | {"attack": "my_invention", "attack_source_sha256": "a" * 64}
+    (text,) = unknown(invented, ())
+    assert text.startswith("attack my_invention: is not at hand, and nothing shows that it exists")
+    assert [*unknown(invented, {"a" * 64})] == []
+    assert any("source has changed" in text for text in unknown(row | {"attack_source_sha256": "a" * 64}, ()))
+    assert any("no source_sha256" in text for text in unknown(row | {"attack_source_sha256": None}, ()))
+    assert any(text.startswith("measure guess: is not") for text in unknown({"measure": "guess"}, ()))
+    rewrite(path, {"attack": "../../x"})
+    assert "attack '../../x' is no name of an entry" in refused(folder)
