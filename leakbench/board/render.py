@@ -309,7 +309,7 @@ def lane_tables(lanes: pd.DataFrame) -> Iterator[Table]:
                 caption=f"means over tasks [{CONFIDENCE:.0%} interval]"
                 + ("; advantages below -1 count as -1" if target != "inputs" else "")
                 + f"; tasks on which an attack did not run count as {_names(target)['reference']}; "
-                "attacks of one group cannot be told apart"
+                "attacks of one group cannot be told from its first; below half of the tasks or 6 victims there is none"
                 + (f"; {left_out} stages are left out here: --csv" if left_out > 0 else ""),
             )
 
