@@ -40,6 +40,7 @@ from leakbench.submitting.identity import (
     wrong_task_columns,
 )
 from leakbench.submitting.known import unknown, wrong_names
+from leakbench.submitting.plausible import ENTRIES, impossible, shared_labels, wrong_days
 from leakbench.submitting.seal import SEAL, SIGNATURE, broken_seal, signer_of
 from leakbench.submitting.trainings import AtHand, KeptUpdates, explains_training, job_doubt, wrong_training_values
 from leakbench.utility.rows import UTILITY_FIELDS
@@ -51,13 +52,13 @@ _PER_ROW = frozenset(
     {"trial", "draw", "checkpoint_sha256", "distinct_labels", "max_label_count", "identification_gallery", "notes"}
 )
 """Columns in front of the outcome that differ within a job."""
-_FRACTIONS = tuple(
-    s.name for s in METRICS.values() if s.unit == "1" and s.higher_is_better and s.target in ("labels", "inference")
-)
 _VICTIM = ("season_commitment", "task_hash", "dataset_fingerprint", "trial")
 _TRUTH = ("distinct_labels", "max_label_count", "inference_truth")
 """What is a property of the victim, whoever attacks it."""
 _FLOORS = tuple(s.reference for s in METRICS.values() if s.target == "inputs")
+_GUESS = ("season_commitment", "task_hash", "dataset_fingerprint", "_each")
+_CHANCES = tuple(s.reference for s in METRICS.values() if s.target == "labels")
+"""What is a property of the task, and of whether counts are claimed client by client."""
 
 _DOUBTS = {
     "file": "does not follow from the columns: a column was changed, or an entry was given by a file that is not at "
@@ -129,7 +130,7 @@ def verify(
         if not there:
             raise UserError(f"no rows under {folder}; make some with: leakbench run quick --out {folder}")
         for store in there:
-            for path in _files(store):
+            for path in _files(store, there):
                 _file(path, store, found, hand, seen, parts)
         if seals:
             _check_seals(folder, found, signers)
@@ -139,9 +140,9 @@ def verify(
     return found
 
 
-def _files(store: Path) -> list[Path]:
-    """Return the files of a folder's jobs, without those of the measures and trainings below it."""
-    below = (store / MEASURES_FOLDER, store / UTILITY_FOLDER)
+def _files(store: Path, there: Sequence[Path]) -> list[Path]:
+    """Return the files of a folder's jobs, without those of the measures, trainings and other runs below it."""
+    below = (store / MEASURES_FOLDER, store / UTILITY_FOLDER, *(s for s in there if store in s.parents))
     found = sorted(path for path in store.glob("*/*/[!.]*.parquet") if not any(map(path.is_relative_to, below)))
     return [*found, *([store / COMPACTED] if (store / COMPACTED).is_file() else [])]
 
@@ -191,11 +192,11 @@ def _rows(
     if job.path.name == COMPACTED:
         where += f" job {job.job_id[:12]}"
     fields = {MEASURES_FOLDER: MEASURE_FIELDS, UTILITY_FOLDER: UTILITY_FIELDS}.get(store.name, ROW_FIELDS)
-    problems = [*_schema(table, fields)]
+    problems = [*_schema(table, fields)] or [*wrong_days(table)]
     if not problems:
         rows = table.to_pylist()
         found.rows += len(rows)
-        problems = [*_job(job, store, table, rows)]
+        problems = [*_job(job, store, table, rows), *impossible(table, rows)]
         if not any("another version" in text for text in problems):
             problems += _identity(rows, hand, found, where, fields)
         key = (store.name if fields is not ROW_FIELDS else "", rows[0]["season_commitment"], job.job_id)
@@ -203,8 +204,9 @@ def _rows(
             problems.append(f"duplicate: the rows of this job are in {seen[key]}, too")
         seen.setdefault(key, where)
         if fields is ROW_FIELDS and not problems:
-            names = [*_VICTIM, *_TRUTH, *_FLOORS, "num_classes", "isolation", "git_dirty"]
-            parts.append(table.select(list(dict.fromkeys([*names, *COLUMNS]))).to_pandas().assign(_where=where))
+            names = [*_VICTIM, *_TRUTH, *_FLOORS, *_CHANCES, "num_classes", "isolation", "git_dirty"]
+            names = list(dict.fromkeys([*names, *ENTRIES, "clients", "attributed", *COLUMNS]))
+            parts.append(table.select(names).to_pandas().assign(_where=where))
     found.problems += [Problem(where, text) for text in problems]
 
 
@@ -270,11 +272,6 @@ def _values(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"status {row['status']!r} with a value of {measured[0]}"
     if row["status"] == "ok" and row["error"] is not None:
         yield "status 'ok' with an error"
-    for name in _FRACTIONS:
-        value = row[name]
-        # Bits of a claim have no lower end.
-        if value is not None and not (value <= 1 and (value >= 0 or name == "inference_bits")):
-            yield f"{name} = {value} is no share"
 
 
 def _identity(
@@ -310,17 +307,21 @@ def _check_across(rows: pd.DataFrame, found: Verified) -> None:
     """Compare what every attack must have been shown alike."""
     found.problems += [Problem(*text) for text in contradictions(rows)]
     found.notes += [Problem(*text) for text in remarks(rows)]
+    found.problems += [Problem(*text) for text in shared_labels(rows)]
     rows = rows.dropna(subset=["dataset_fingerprint"])
+    rows = rows.assign(_each=(rows["attributed"] == True) & (rows["clients"] > 1))  # noqa: E712
     groups = rows.groupby(list(_VICTIM), sort=False)
     for name in _TRUTH:
         bad = groups[name].transform("nunique") > 1
         for where in rows.loc[bad, "_where"].drop_duplicates():
             found.problems.append(Problem(where, f"forged: {name} of a victim differs from that in other jobs"))
-    for name in _FLOORS:
-        low, high = groups[name].transform("min"), groups[name].transform("max")
-        bad = (high - low) > 1e-6 + 1e-3 * high.abs()
-        for where in rows.loc[bad, "_where"].drop_duplicates():
-            found.problems.append(Problem(where, f"forged: {name} of a victim differs from that in other jobs"))
+    tasks = rows.groupby(list(_GUESS), sort=False)
+    for own, names, of in ((groups, _FLOORS, "victim"), (tasks, _CHANCES, "task")):
+        for name in names:
+            low, high = own[name].transform("min"), own[name].transform("max")
+            bad = (high - low) > 1e-6 + 1e-3 * high.abs()
+            for where in rows.loc[bad, "_where"].drop_duplicates():
+                found.problems.append(Problem(where, f"forged: {name} of a {of} differs from that in other jobs"))
     for text, bad in (
         ("isolation 'none': for debugging, never published", rows["isolation"] == "none"),
         (

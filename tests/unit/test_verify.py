@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+from datetime import UTC, datetime
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +21,7 @@ from leakbench.schema import task_columns
 from leakbench.store import job_files, result_folders
 from leakbench.submitting.badges import Statement, Statements, badges, least, read_statements, sealed_jobs
 from leakbench.submitting.identity import task_of, wrong_task_columns
+from leakbench.submitting.plausible import ENTRIES, shared_labels, wrong_labels
 from leakbench.submitting.rerun import compare, find_job, is_row_id, rerun
 from leakbench.submitting.seal import NAMESPACE, SEAL, write_seal
 from leakbench.submitting.verify import verify
@@ -77,6 +81,20 @@ FORGED = [
     ({"max_label_count": 1}, True, "max_label_count of a victim"),
     ({"trial": 0}, True, "duplicate: trial 0 has 3 rows"),
     ({"status": "timeout"}, True, "with a value"),
+    ({"instance_recall_chance": -5.0}, True, "instance_recall_chance = -5.0 is no share"),
+    ({"instance_recall_chance": 0.0}, True, "instance_recall_chance of a task differs"),
+    ({"l1_count_error": float("inf")}, True, "l1_count_error = inf is no number"),
+    ({"l1_count_error": float("nan")}, True, "l1_count_error = nan is no number"),
+    ({"wall_seconds": -5.0}, True, "wall_seconds = -5.0 is no number of at least 0"),
+    ({"peak_memory_bytes": -1}, True, "peak_memory_bytes = -1"),
+    ({"utc": datetime(2999, 1, 1, tzinfo=UTC)}, True, "utc: expected days from 2020-01-01"),
+    ({"utc": 1 << 61}, False, "utc: expected days"),
+    ({"utc": datetime(2019, 1, 1, tzinfo=UTC)}, True, "utc: expected days"),
+    ({"attack_label": "</script>official record"}, True, "attack_label '</script>official record' is not that"),
+    ({"defense_label": "topk"}, True, "defense_label 'topk' is not that"),
+    ({"suite": "labels\nX"}, True, "suite: 'labels\\nX' is no line"),
+    ({"host_kind": "a\u202eb"}, True, "host_kind: "),
+    ({"inserted": "x" * 100_000}, True, "inserted: a text of 100,000 characters"),
     ({"benchmark_version": "0.1"}, True, "rows of another version: benchmark 0.1"),
 ]
 
@@ -102,6 +120,29 @@ def test_a_footer_that_does_not_say_what_its_rows_were_is_refused(copy):
     notes = {key: value for key, value in table.schema.metadata.items() if key != ROWS_SHA256.encode()}
     pq.write_table(table.replace_schema_metadata(notes), path)
     assert any(text.startswith("forged or damaged") for text in refused(copy)), refused(copy)
+
+
+def test_labels_may_leave_out_parameters_but_have_no_others():
+    def wrong(label, params, name="a+b"):
+        return [*wrong_labels({"defense": name, "defense_label": label, "defense_params": json.dumps(params)})]
+
+    chain = [{"x": 1, "y": "p, q=2)"}, {"z": 0.5}]
+    for label in ("a+b", "a(x=1)+b(z=0.5)", "a(y='p, q=2)', x=1)+b", "a(y='p, q=2)')+b(z=0.5)"):
+        assert wrong(label, chain) == []
+    for label in ("a", "a+c", "a+b ", "a(x=2)+b", "a(x=1, x=1)+b", "a()+b", "a(x=1+b", "a(x=1)", "b+a", "a+b(z=0.50)"):
+        assert len(wrong(label, chain)) == 1, label
+    assert wrong("none", {}, "none") == []
+    assert wrong("none", 5, "none") != []
+
+
+def test_one_label_does_not_stand_for_two_sets_of_parameters():
+    one = dict.fromkeys(ENTRIES, "x") | {"defense_source_sha256": None}
+    rows = pd.DataFrame([one | {"_where": "a"}, one | {"_where": "b"}, one | {"attack": "y", "_where": "c"}])
+    assert [*shared_labels(rows)] == []
+    rows.loc[2, "attack_params"] = "{}"
+    assert [*shared_labels(rows)] == []
+    rows.loc[1, "defense_params"] = "{}"
+    assert {where for where, text in shared_labels(rows) if "defense_label" in text} == {"a", "b", "c"}
 
 
 def test_a_row_of_another_schema_is_refused(copy):
