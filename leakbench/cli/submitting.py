@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from leakbench.cli.base import cli, print_json, runs_below
+from leakbench.errors import unknown
 
 _MARKS = {"ok": ("ok", "green"), "failed": ("failed", "red"), "todo": ("to do", "yellow"), "skipped": ("skipped", None)}
 
@@ -125,11 +126,13 @@ def rows(results: tuple[Path, ...], attack: str | None, defense: str | None, tas
     from leakbench.results import load_rows
 
     table = load_rows(runs_below(results))
-    for column, wanted in (("attack", attack), ("defense", defense)):
+    for column, wanted in (("attack", attack), ("defense", defense), ("task", task)):
         if wanted is not None:
-            table = table[table[column] == wanted]
-    if task is not None:
-        table = table[table["task"].str.contains(task, regex=False)]
+            held = sorted(set(table[column].dropna()))
+            is_it = table["task"].str.contains(wanted, regex=False) if column == "task" else table[column] == wanted
+            if not is_it.any():
+                raise unknown(f"{column} in these rows", wanted, held)
+            table = table[is_it]
     for row in table.sort_values(["task", "defense_label", "attack_label", "trial"]).to_dict("records"):
         spec = headline(row["target"])
         number = f"{spec.name} {row[spec.name]:.4g}" if row["status"] == "ok" else row["status"]

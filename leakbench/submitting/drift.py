@@ -56,8 +56,13 @@ def drift(then: Sequence[Path], now: Sequence[Path]) -> Drift:
         now: The same of the later rows.
 
     Raises:
-        UserError: There is no job that is in both.
+        UserError: A folder is not there or holds no jobs, or there is no job that is in both.
     """
+    for folder in (*then, *now):
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}: expected rows, such as runs/quick")
+        if not any(True for one in result_folders([folder]) for _ in job_files(one)):
+            raise UserError(f"no rows of attacks in {folder}: expected the output of leakbench run")
     later = _rows(now, None)
     found, seen = Drift(), set[tuple[str, str]]()
     for key, rows in _rows(then, set(later)).items():

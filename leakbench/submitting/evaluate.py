@@ -15,6 +15,7 @@ import pandas as pd
 
 from leakbench.board.defenses import defenses
 from leakbench.board.lanes import LANE_KEYS, lanes
+from leakbench.board.stats import MIN_PAIRS
 from leakbench.entries import Description
 from leakbench.errors import UserError
 from leakbench.grids import Cell
@@ -207,16 +208,21 @@ def text(found: Evaluated) -> list[str]:
         )
     if not found.compared:
         lines.append("nothing to compare with: no row of the baselines is of these tasks, trials and season")
-    elif not attack and found.table.loc[found.table["own"], "unranked_because"].str.contains("not run").any():
-        lines.append("to be ranked it faces the attacks that it names, too; `--suite defenses_quick` runs them")
+    if not attack:
+        named = ", ".join(found.entry.adaptive) or "none"
+        lines.append(
+            f"to be ranked it has to face the attacks that it names in `adaptive` ({named}; `--suite defenses_quick` "
+            "runs them), and they have to know it: whether they read the defense is not tested here but in review"
+        )
     return [*lines, "claimed: measured by you and on no board; the project runs what is submitted itself"]
 
 
 def _attack_line(row: dict[Any, Any]) -> str:
-    if pd.isna(row["rank_group"]):
-        return f" -  {row['label']}: not applicable"
-    interval = f"{row['edge']:.3g} [{row['edge_low']:.3g}, {row['edge_high']:.3g}]"
-    return f"{int(row['rank_group']):>2}  {row['label']}: edge {interval}, {row['covered']} of {row['tasks']} tasks"
+    if not row["covered"]:
+        return f" -  {row['label']}: no result on any task"
+    group = " -" if pd.isna(row["rank_group"]) else f"{int(row['rank_group']):>2}"
+    ends = "" if pd.isna(row["edge_low"]) else f" [{row['edge_low']:.3g}, {row['edge_high']:.3g}]"
+    return f"{group}  {row['label']}: edge {row['edge']:.3g}{ends}, {row['covered']} of {row['tasks']} tasks"
 
 
 def _defense_line(row: dict[Any, Any]) -> str:
@@ -229,8 +235,11 @@ def _defense_line(row: dict[Any, Any]) -> str:
 
 
 def _place(row: dict[Any, Any], part: pd.DataFrame) -> str:
+    if not row["covered"]:
+        return "  it came to a result on no task here; see `needs`, and the rows' errors"
     if pd.isna(row["rank_group"]):
-        return "  it ran on no task here; see `needs`, and the rows' errors"
+        half = 2 * row["covered"] < row["tasks"]
+        return "  not ranked: " + ("fewer than half of the tasks" if half else f"fewer than {MIN_PAIRS} victims")
     group, last = int(row["rank_group"]), int(part["rank_group"].max())
     ties = part[(part["rank_group"] == group) & ~part["own"]]["label"].tolist()
     return f"  would be in rank group {group} of {last}" + (f", with {', '.join(ties)}" if ties else "")

@@ -23,6 +23,7 @@ from leakbench.keys import DEVELOPMENT, Season
 from leakbench.measures.catalogue import resolve_measure
 from leakbench.metrics import METRICS
 from leakbench.runner.plan import Job
+from leakbench.sources import Kind, sources
 from leakbench.store import job_files, read_compacted, read_jobs, stores
 from leakbench.submitting.identity import Row, task_of
 
@@ -92,7 +93,7 @@ class Rerun:
 
 def is_row_id(text: str) -> bool:
     """Whether a word names a row rather than a paper."""
-    return ROW_ID.fullmatch(text) is not None
+    return re.fullmatch(r"[0-9a-f]{8,64}(:.*)?", text) is not None
 
 
 def find_job(row_id: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -145,6 +146,13 @@ def job_of(row: Row, *, entries: Sequence[str] = (), season: Season = DEVELOPMEN
         )
     measuring = "measure" in row
     chain = [] if row["defense"] == "none" else row["defense"].split("+")
+    kinds: list[tuple[Kind, str]] = [("defense", name) for name in chain]
+    for kind, name in kinds if measuring else [("attack", row["attack"]), *kinds]:
+        if name not in sources(kind) and not any(_stem(entry) == name for entry in entries):
+            raise UserError(
+                f"row of job {row['job_id'][:12]}: {kind} {name!r} is not installed; it was run from a file, name "
+                f"that: --entry path/to/{name}.py"
+            )
     params = json.loads(row["defense_params"])
     texts = [_expression(n, p, entries) for n, p in zip(chain, [params] if len(chain) == 1 else params, strict=True)]
     defense_text = "+".join(texts) or "none"
@@ -182,9 +190,13 @@ def job_of(row: Row, *, entries: Sequence[str] = (), season: Season = DEVELOPMEN
     raise UserError(f"job {row['job_id'][:12]} cannot be run again here: {_why(row, attack, defense, measuring)}")
 
 
+def _stem(entry: str) -> str:
+    return Path(entry.partition(".py")[0]).name
+
+
 def _expression(name: str, params: Mapping[str, Any], entries: Sequence[str]) -> str:
     """Return the expression of an entry, by file where one of ``entries`` has its name."""
-    ref = next((e for e in entries if Path(e.partition(".py")[0]).name == name), name)
+    ref = next((entry for entry in entries if _stem(entry) == name), name)
     return f"{ref}({', '.join(f'{key}={value!r}' for key, value in params.items())})"
 
 

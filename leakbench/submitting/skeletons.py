@@ -129,9 +129,10 @@ class {cls}(Defense):
     strength = ("share", "higher")  # what is swept, and which way is stronger
     neutral = {{"share": 0.0}}  # with these parameters nothing changes
     draws = "normal noise, one number per coordinate"  # empty for a deterministic defense
-    # Before a defense is ranked it has to face attacks that know it; see CONTRIBUTING.md for what to declare.
     likelihood = "simulated"
-    adaptive = ("llg_plus", "inverting_gradients")
+    # Before a defense is ranked it has to face these: attacks that know it, which read the client's defense, as these
+    # three do, or one of your own. Those of a suite that do not read it are no adaptive attacks.
+    adaptive = ("bayes_adaptive", "learning_to_invert", "learned_labels")
 
     def __init__(self, *, share: float = 0.1) -> None:
         if share < 0:
@@ -161,8 +162,12 @@ def new_entry(kind: Kind, name: str, out: Path | None = None, *, recovers: Recov
     Raises:
         UserError: The name is taken or no identifier, the file is there already, or cannot be written.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]{1,48}", name) or keyword.iskeyword(name):
-        raise UserError(f"name {name!r}: expected snake_case (letters, digits, _), e.g. pruning_aware")
+    if not 2 <= len(name) <= 49:
+        raise UserError(f"name {name!r}: expected 2 to 49 characters, got {len(name)}; e.g. pruning_aware")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        raise UserError(
+            f"name {name!r}: expected snake_case (letters, digits, _), no word of Python; e.g. pruning_aware"
+        )
     if name in sources(kind):
         raise UserError(f"{kind} {name!r} exists ({sources(kind).get(name).path.name}); choose another name")
     path = out if out is not None else Path(f"{name}.py")
@@ -170,11 +175,15 @@ def new_entry(kind: Kind, name: str, out: Path | None = None, *, recovers: Recov
         raise UserError(f"--out {path}: expected a Python file; write --out {name}.py")
     template = _DEFENSE if kind == "defense" else _INPUTS if recovers == "inputs" else _LABELS
     text = template.format(name=name, cls="".join(part.capitalize() for part in name.split("_")))
+    made = False
     try:
         with path.open("x", encoding="utf-8") as file:
+            made = True
             file.write(text)
     except FileExistsError:
         raise UserError(f"{path} exists; give another name with --out, or remove it first") from None
     except OSError as error:
+        if made:  # a full disk lets a file be made but not written
+            path.unlink(missing_ok=True)
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); use another --out") from None
     return path

@@ -19,7 +19,7 @@ SUITE = {
     "name": "tiny",
     "version": 1,
     "description": "labels and inputs of embedded digits",
-    "trials": 4,
+    "trials": 6,
     "budget": {"wall_seconds": 30, "model_evaluations": 10},
     "grids": [
         {
@@ -70,7 +70,7 @@ def own(found):
 
 
 def test_a_defense_stands_beside_the_suites_on_every_task(place, first):
-    assert first.counts == {"ok": 12}
+    assert first.counts == {"ok": 18}
     assert first.failed == []
     lines = {task: set(part["label"]) for task, part in first.table.groupby("task")}
     assert len(lines) == 2
@@ -79,14 +79,15 @@ def test_a_defense_stands_beside_the_suites_on_every_task(place, first):
     said = text(first)
     assert sum(line.startswith("> ") for line in said) == 2
     assert not any("nan" in line for line in said)
-    assert any("not run: inverting_gradients" in line for line in said)
-    assert any("--suite defenses_quick" in line for line in said)
+    ours = [line for line in said if "try_noise(" in line]
+    assert all("not ranked: not run: bayes_adaptive" in line for line in ours), "as of the suite's own"
+    assert any("--suite defenses_quick" in line and "they have to know it" in line for line in said)
     assert said[-1].startswith("claimed")
 
 
 def test_an_attack_is_ranked_by_its_own_rows_among_rows_at_hand(place, first):
     found = evaluated(place, "try_labels", against=(place / "out" / "try_noise" / "baselines",))
-    assert found.counts == {"ok": 4}
+    assert found.counts == {"ok": 6}
     assert set(found.table["label"]) == {"try_labels", "llg", "random_labels"}
     assert own(found)["mean"] == pytest.approx(load_rows(found.out)["instance_recall"].mean())
     assert not (place / "out" / "try_labels" / "baselines").exists()
@@ -96,7 +97,7 @@ def test_an_attack_is_ranked_by_its_own_rows_among_rows_at_hand(place, first):
 
 def test_an_attack_on_inputs_runs_on_the_tasks_that_ask_for_them(place, first):
     found = evaluated(place, "try_inputs", against=(place / "out" / "try_noise" / "baselines",))
-    assert found.counts == {"ok": 4}
+    assert found.counts == {"ok": 6}
     assert set(found.table["label"]) == {"try_inputs", "random_image"}
     with pytest.raises(UserError, match="recovers inputs, expected one that recovers labels"):
         evaluated(place, "try_inputs", "labels")
@@ -105,7 +106,7 @@ def test_an_attack_on_inputs_runs_on_the_tasks_that_ask_for_them(place, first):
 def test_after_an_edit_nothing_of_the_file_before_is_shown_and_a_crash_says_why(place, first, leakbench):
     path, out, against = place / "edited.py", place / "out" / "edited", place / "out" / "try_noise" / "baselines"
     path.write_text((place / "try_labels.py").read_text())
-    assert evaluated(place, "edited", "labels", against=(against,)).counts == {"ok": 4}
+    assert evaluated(place, "edited", "labels", against=(against,)).counts == {"ok": 6}
     mark = "        # A gradient, or the change"
     path.write_text(path.read_text().replace(mark, f"        raise ValueError('boom')\n{mark}"))
     crashed = evaluated(place, "edited", "labels", against=(against,)).content()
@@ -113,9 +114,9 @@ def test_after_an_edit_nothing_of_the_file_before_is_shown_and_a_crash_says_why(
     code, said, _ = leakbench("evaluate", path, "--suite", suite, "--out", out, "--against", against, "--json")
     assert json.loads(said) == crashed, "its rows were there"
     assert code == 1
-    assert crashed["counts"] == {"error": 4}
-    assert ["4 error: attack: ValueError: boom" in line for line in crashed["failed"]] == [True]
-    assert [line["edge"] for line in crashed["table"] if line["own"]] == [0]
+    assert crashed["counts"] == {"error": 6}
+    assert ["6 error: attack: ValueError: boom" in line for line in crashed["failed"]] == [True]
+    assert [line["edge"] for line in crashed["table"] if line["own"]] == [None]
     assert sum(line["attack_label"] == "try_labels" for line in crashed["table"]) == 1
 
 
@@ -136,6 +137,7 @@ def test_rows_of_other_victims_are_no_comparison_and_that_is_said(place, first):
     assert lone.compared == 0
     assert any(line.startswith("nothing to compare with") for line in text(lone))
     assert set(lone.table["label"]) == {"try_labels"}
+    assert "  not ranked: fewer than 6 victims" in text(many)
 
 
 def test_what_cannot_be_evaluated_is_said_before_anything_runs(place):
@@ -147,3 +149,35 @@ def test_what_cannot_be_evaluated_is_said_before_anything_runs(place):
         with pytest.raises(UserError, match=says):
             evaluated(place, **arguments, **({} if "against" in arguments else {"against": ()}), out=place / "never")
     assert not (place / "never").exists()
+
+
+def test_a_row_run_from_a_file_says_what_it_takes_to_run_it_again(place, first, leakbench):
+    folder = place / "out" / "try_noise" / "entry"
+    row = load_rows(folder)["job_id"].iloc[0]
+    code, _, err = leakbench("reproduce", row, "--rows", folder)
+    assert code == 2
+    assert "defense 'try_noise' is not installed" in err
+    assert "--entry path/to/try_noise.py" in err
+    assert "expected JOB or JOB:TRIAL" in leakbench("reproduce", f"{row}:9999999999")[2]
+
+
+def test_rows_that_are_not_there_are_named_with_those_that_are(place, first, leakbench):
+    folder = place / "out" / "try_noise" / "entry"
+    for option, there in (("--attack", "random_image"), ("--defense", "try_noise"), ("--task", "digits-mlp-")):
+        code, out, err = leakbench("rows", folder, option, "nosuch")
+        assert (code, out) == (2, "")
+        assert there in err
+    code, out, _ = leakbench("rows", folder, "--attack", "llg", "--task", "digits-mlp")
+    assert (code, len(out.splitlines())) == (0, 6)
+
+
+def test_drift_says_which_folder_has_no_rows(place, first, leakbench):
+    folder = place / "out" / "try_noise" / "entry"
+    (place / "empty").mkdir()
+    for then, now, says in (
+        (folder, place / "nope", "no folder"),
+        (place / "nope", folder, "no folder"),
+        (folder, place / "empty", "no rows of attacks in"),
+        (folder, place / "out" / "try_noise" / "baselines", "no job is both"),
+    ):
+        assert says in leakbench("drift", then, now)[2]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import inspect
 import sys
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -162,7 +166,7 @@ def test_every_law_is_broken_by_one_of_these_changes():
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("llg", "exists"), ("My-Attack", "snake_case"), ("class", "snake_case"), ("x" * 60, "snake_case")],
+    [("llg", "exists"), ("My-Attack", "snake_case"), ("class", "snake_case"), ("x" * 60, "2 to 49"), ("x", "got 1")],
 )
 def test_a_name_that_is_none_or_taken_is_refused(tmp_path, name, says):
     with pytest.raises(UserError, match=says):
@@ -176,3 +180,17 @@ def test_a_file_that_is_there_is_never_written_over(tmp_path):
     with pytest.raises(UserError, match="exists"):
         new_entry("attack", "mine", path)
     assert path.read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_empty_file(tmp_path, monkeypatch):
+    real = Path.open
+
+    @contextmanager
+    def full(path, *arguments, **options):
+        with real(path, *arguments, **options):
+            yield Mock(write=Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match="No space left"):
+        new_entry("attack", "mine", tmp_path / "mine.py")
+    assert not list(tmp_path.iterdir())
