@@ -69,14 +69,14 @@ def compact(runs: Sequence[Path], out: Path) -> Compacted:
     """Write the rows of runs as one Parquet file per kind, beside their pictures and reports.
 
     Args:
-        runs: Output directories of `leakbench run`, `measure`, `utility` or `reproduce`, left as they are. Of a job
-            that is in several, the last counts.
+        runs: Output directories of `leakbench run`, `measure`, `utility` or `reproduce`, left as they are. A job may
+            be in several with the same rows.
         out: Folder to write; rows that it holds already have to be among those of the runs.
 
     Raises:
         UserError: A folder holds no rows, or those of another schema version; rows in ``out`` would be lost; runs have
-            reports of one name with other content; another process writes ``out``; or files are damaged, or cannot be
-            read or written.
+            other rows of the same job, or reports of one name with other content; another process writes ``out``; or
+            files are damaged, or cannot be read or written.
     """
     for run in runs:
         if not run.is_dir() or not set(stores(run)) & {run / folder for folder in FOLDERS.values()}:
@@ -93,7 +93,7 @@ def compact(runs: Sequence[Path], out: Path) -> Compacted:
         with _locked(out):
             pictures, reports = _pictures(runs), _reports(runs)
             for kind, folder in FOLDERS.items():
-                jobs = {(job.season, job.job_id): job for run in runs for job in job_files(run / folder)}
+                jobs = _once(job for run in runs for job in job_files(run / folder))
                 _keeps([(job.season, job.job_id) for job in job_files(out / folder)], jobs, out)
                 if jobs:
                     table = _joined(jobs.values(), [command for run in runs for command in commands(run / folder)])
@@ -121,6 +121,19 @@ def _locked(out: Path) -> Iterator[None]:
         raise UserError(f"--out {out}: another leakbench compact writes there; wait, or use another --out") from None
     finally:
         os.close(folder)
+
+
+def _once(found: Iterable[JobFile]) -> dict[tuple[str, str], JobFile]:
+    """Return jobs by season and id."""
+    jobs: dict[tuple[str, str], JobFile] = {}
+    for job in found:
+        other = jobs.setdefault((job.season, job.job_id), job)
+        if other.rows_sha256 != job.rows_sha256:
+            raise UserError(
+                f"job {job.job_id[:12]}...: expected the same rows in {other.path} and {job.path}; compare them with "
+                "leakbench drift, and name the one that counts"
+            )
+    return jobs
 
 
 def _keeps(there: Iterable[tuple[str, str]], jobs: dict[tuple[str, str], JobFile], out: Path) -> None:

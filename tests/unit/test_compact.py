@@ -132,6 +132,17 @@ def test_shards_become_one_and_rows_that_would_be_lost_are_kept(run, compacted, 
     )
 
 
+def test_other_rows_of_the_same_job_are_not_chosen_from(run, compacted, tmp_path):
+    other = shutil.copytree(compacted, tmp_path / "other")
+    (note, *rest) = json.loads(pq.read_metadata(other / COMPACTED).metadata[JOBS.encode()])
+    rewrite(other / COMPACTED, lambda t: t, **{JOBS: json.dumps([note | {"leakbench.rows_sha256": "a" * 64}, *rest])})
+    with pytest.raises(
+        UserError, match=rf"job {note['leakbench.job_id'][:12]}\.\.\.: expected the same rows in .*other"
+    ):
+        compact([run, other], tmp_path / "both")
+    assert not list((tmp_path / "both").iterdir())
+
+
 def test_compacted_folders_become_one_with_the_pictures_of_all(run, compacted, tmp_path):
     of = {job.job_id: job.path for job in job_files(run)}
     shown = pq.read_table(compacted / PICTURES / "pictures.parquet").to_pylist()
