@@ -93,7 +93,7 @@ class Rerun:
 
 def is_row_id(text: str) -> bool:
     """Whether a word names a row rather than a paper."""
-    return re.fullmatch(r"[0-9a-f]{8,64}(:\d+)?", text) is not None
+    return re.fullmatch(r"[0-9a-f]{8,64}(:.*)?", text) is not None
 
 
 def find_job(row_id: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
