@@ -43,7 +43,7 @@ results: $(STAMP)
 	for run in $(RUNS); do $(BIN)/leakbench compact runs/$$run --out results/$$run || exit 2; done
 	$(BIN)/leakbench verify $(RUNS:%=results/%) --seal
 	$(BIN)/leakbench provenance results --into results/README.md
-	$(BIN)/leakbench board results --into README.md
+	$(BIN)/leakbench board results/labels results/images_quick results/breaking_sa --into README.md
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
