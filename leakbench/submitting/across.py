@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from leakbench.metrics import METRICS
+from leakbench.stage import IN_TRAINING
 from leakbench.submitting.rerun import ATOL, RTOL
 
 _TRIAL = (
@@ -36,7 +37,10 @@ _ONE = (
 
 COLUMNS = tuple(
     dict.fromkeys(
-        (*_TRIAL, *_VALUES, "status", *_MODEL, *_MACHINE, *(name for key, one, _ in _ONE for name in (*key, one)))
+        (
+            *(*_TRIAL, *_VALUES, "status", "stage", *_MODEL, *_MACHINE),
+            *(name for key, one, _ in _ONE for name in (*key, one)),
+        )
     )
 )
 """Columns of rows that `contradictions` and `remarks` read, besides ``_where``."""
@@ -49,7 +53,9 @@ def contradictions(rows: pd.DataFrame) -> Iterator[tuple[str, str]]:
         rows: Rows of attacks with `COLUMNS`, and ``_where`` they are.
     """
     for key, name, text in _ONE:
-        for where in _odd(rows, key, name):
+        # What was kept in trainings is of as many models as there were rounds and defenses.
+        own = rows[rows["stage"] != IN_TRAINING] if name == "checkpoint_sha256" else rows
+        for where in _odd(own, key, name):
             yield where, text
     few, trial = _again(rows[rows["status"] == "ok"])
     for name in _VALUES:
@@ -61,7 +67,8 @@ def contradictions(rows: pd.DataFrame) -> Iterator[tuple[str, str]]:
 
 def remarks(rows: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """Yield (where, text) of jobs that are worth a look; see `contradictions`."""
-    for where in _odd(rows[rows["checkpoint_origin"] != "init"], _MODEL, "checkpoint_sha256"):
+    trained = (rows["checkpoint_origin"] != "init") & (rows["stage"] != IN_TRAINING)
+    for where in _odd(rows[trained], _MODEL, "checkpoint_sha256"):
         yield where, "checkpoint_sha256 is not that of the same model in other jobs: it was trained more than once"
     few, _ = _again(rows)
     for where in few["_where"].drop_duplicates():

@@ -24,6 +24,12 @@ TASK_COLUMNS = tuple(task_columns(Task(dataset="digits", architecture=Architectu
 """The columns that a task alone decides."""
 
 
+def architecture_of(row: Row) -> Architecture:
+    """Rebuild the architecture of a row from its columns."""
+    params = json.loads(row["architecture_params"])
+    return Architecture(name=row["architecture"], init=row["architecture_init"], params=params)
+
+
 def task_of(row: Row) -> Task:
     """Rebuild the task of a row from its columns.
 
@@ -36,11 +42,7 @@ def task_of(row: Row) -> Task:
         task = Task(
             dataset=row["dataset"],
             normalise=row["normalise"],
-            architecture=Architecture(
-                name=row["architecture"],
-                init=row["architecture_init"],
-                params=json.loads(row["architecture_params"]),
-            ),
+            architecture=architecture_of(row),
             stage=row["stage"],
             batch=BatchSpec(
                 size=row["batch_size"],

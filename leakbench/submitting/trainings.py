@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from leakbench.entries import EntrySpec
 from leakbench.parts import content_hash
 from leakbench.stage import IN_TRAINING
-from leakbench.submitting.identity import Doubt, Row, chains, doubt, explains_job_id
+from leakbench.submitting.identity import Doubt, Row, architecture_of, chains, doubt, explains_job_id
 from leakbench.submitting.known import Declared
-from leakbench.tasks import Architecture, BatchSpec, Protocol, Task
+from leakbench.tasks import BatchSpec, Protocol, Task
 from leakbench.utility.attacked import WHERE
 from leakbench.utility.plan import TRAINING
 
@@ -47,11 +47,7 @@ def training_task(row: Row) -> Task:
         return Task(
             dataset=row["dataset"],
             normalise=row["normalise"],
-            architecture=Architecture(
-                name=row["architecture"],
-                init=row["architecture_init"],
-                params=json.loads(row["architecture_params"]),
-            ),
+            architecture=architecture_of(row),
             batch=BatchSpec(size=row["batch_size"]),
             protocol=Protocol(**protocol),
         )
