@@ -94,6 +94,7 @@ def script(monkeypatch, tmp_path):
                     schema_version=1,
                     code_sha256=code,
                     statuses={status: trials},
+                    rows_sha256=None,
                 )
         return found
 
