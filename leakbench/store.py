@@ -272,15 +272,20 @@ def is_complete(path: Path) -> bool:
     return read_job_status(path) is not None
 
 
+def any_job_files(out: Path) -> Iterator[JobFile]:
+    """Yield what `job_files` does, of any schema version."""
+    yield from read_compacted(out / COMPACTED) or ()
+    # "[!.]" leaves out the temporary files of running and killed jobs.
+    yield from filter(None, (read_job_status(path) for path in sorted(out.glob("[!.]*/[!.]*/[!.]*.parquet"))))
+
+
 def job_files(out: Path) -> Iterator[JobFile]:
     """Yield the jobs under an output directory: those of its compacted file, then those in files of their own.
 
     Raises:
         UserError: One holds rows of another schema version.
     """
-    # "[!.]" leaves out the temporary files of running and killed jobs.
-    found = (read_job_status(path) for path in sorted(out.glob("[!.]*/[!.]*/[!.]*.parquet")))
-    for job in (*(read_compacted(out / COMPACTED) or ()), *filter(None, found)):
+    for job in any_job_files(out):
         if job.schema_version != SCHEMA_VERSION:
             raise UserError(
                 f"--out {out}: holds rows of another schema version, expected {SCHEMA_VERSION}, "

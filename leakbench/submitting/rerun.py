@@ -23,8 +23,9 @@ from leakbench.keys import DEVELOPMENT, Season
 from leakbench.measures.catalogue import resolve_measure
 from leakbench.metrics import METRICS
 from leakbench.runner.plan import Job
+from leakbench.schema import BENCHMARK_VERSION, SCHEMA_VERSION
 from leakbench.sources import Kind, sources
-from leakbench.store import job_files, read_compacted, read_jobs, stores
+from leakbench.store import any_job_files, read_compacted, read_jobs, stores
 from leakbench.submitting.identity import Row, task_of
 
 ROW_ID = re.compile(r"([0-9a-f]{8,64})(?::(\d{1,9}))?")
@@ -106,7 +107,7 @@ def find_job(row_id: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
     if match is None:
         raise UserError(f"row {row_id!r}: expected JOB or JOB:TRIAL, e.g. 3fa9c2d1:17; see: leakbench rows runs/quick")
     places = [store for folder in folders for store in stores(folder)]
-    found = {job.job_id: job for store in places for job in job_files(store) if job.job_id.startswith(match[1])}
+    found = {job.job_id: job for store in places for job in any_job_files(store) if job.job_id.startswith(match[1])}
     if not found:
         listed = ", ".join(map(str, folders)) or "runs, results"
         raise UserError(f"row {row_id}: no such job under {listed}; name the folder: --rows DIR")
@@ -115,6 +116,11 @@ def find_job(row_id: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
             f"row {row_id}: expected one job, got {len(found)}; type more of: {', '.join(sorted(found)[:3])}"
         )
     (wanted,) = found.values()
+    if wanted.schema_version != SCHEMA_VERSION:
+        raise UserError(
+            f"row {row_id}: of schema version {wanted.schema_version}, this leakbench has {SCHEMA_VERSION}; check out "
+            "the version that made it"
+        )
     held = read_compacted(wanted.path) or [wanted]
     table = next(table for job, table in read_jobs(held) if job.job_id == wanted.job_id)
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -202,8 +208,6 @@ def _expression(name: str, params: Mapping[str, Any], entries: Sequence[str]) ->
 
 def _why(row: Row, attack: EntrySpec, defense: Sequence[EntrySpec], measuring: bool) -> str:
     """Return the likeliest reason why a job has another id than its row."""
-    from leakbench.schema import BENCHMARK_VERSION, SCHEMA_VERSION
-
     if row["benchmark_version"] != BENCHMARK_VERSION or row["schema_version"] != SCHEMA_VERSION:
         then = f"benchmark {row['benchmark_version']}, schema {row['schema_version']}"
         return f"it is of {then}, this leakbench has {BENCHMARK_VERSION} and {SCHEMA_VERSION}; check out that version"

@@ -115,6 +115,18 @@ def test_a_row_is_found_by_its_id_and_runs_are_not_resumed_there(run, compacted)
     assert completed_jobs(compacted, "development") == {}
 
 
+def test_old_rows_beside_it_do_not_hide_a_row(run, compacted, tmp_path):
+    job = next(job_files(run))
+    old = tmp_path / "old" / "development" / job.job_id[:2] / f"{'0' * 64}.parquet"
+    old.parent.mkdir(parents=True)
+    table = pq.read_table(job.path)
+    notes = job.footer | {"leakbench.schema_version": "1", "leakbench.job_id": "0" * 64}
+    pq.write_table(table.replace_schema_metadata(notes), old)
+    assert len(find_job(job.job_id, [tmp_path, compacted])) == 3
+    with pytest.raises(UserError, match="of schema version 1, this leakbench has"):
+        find_job("0" * 64, [tmp_path, compacted])
+
+
 def test_shards_become_one_and_rows_that_would_be_lost_are_kept(run, compacted, tmp_path):
     paths = [job.path for job in job_files(run)]
     for number, path in enumerate(paths[:2]):
