@@ -28,7 +28,7 @@ from leakbench.site.loading import load, row_files
 from leakbench.sources import Kind, sources
 from leakbench.stage import stage_order
 from leakbench.store import job_files, read_compacted, result_folders
-from leakbench.submitting.badges import badges, least, read_statements, sealed_jobs
+from leakbench.submitting.badges import Statements, badges, least, read_statements, sealed_jobs
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,16 @@ class Data:
         return {cell_id(list(cell.keys.values())): cell for cell in self.cells}
 
     @cached_property
+    def statements(self) -> Statements:
+        """What was said of entries, beside the rows."""
+        return read_statements(self.folders)
+
+    @cached_property
     def badge(self) -> dict[str, str]:
         """Badges of cells by id: see `leakbench.submitting.badges`."""
         again = None if self.options.again is None else load_rows(result_folders([self.options.again]))
         sealed = sealed_jobs(self.folders, self.options.signers)
-        statements = read_statements(self.folders)
-        found = badges(self.rows, sealed=sealed, again=again, statements=statements).to_numpy()
+        found = badges(self.rows, sealed=sealed, again=again, statements=self.statements).to_numpy()
         return {name: least(set(found[cell.places])) for name, cell in self.cell.items()}
 
     @cached_property

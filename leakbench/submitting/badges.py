@@ -6,9 +6,9 @@ Nobody types a badge. ``claimed``, ``rerun`` and ``reproduced`` follow from wher
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 from pydantic import Field, ValidationError
@@ -62,6 +62,20 @@ class Statements(Part):
     """By authors of entries."""
     disputed: list[Statement] = Field(default_factory=list)
     """By anybody, with a reason."""
+
+    def about(self, keys: Mapping[str, Any]) -> list[tuple[str, Statement]]:
+        """Return what was said of the attack or defense of a cell, after what kind of statement it is.
+
+        Args:
+            keys: ``attack``, ``attack_version``, ``defense`` and ``defense_version``.
+        """
+        said = [("confirmed", s) for s in self.confirmed]
+        said += [("dispute settled" if s.settled else "disputed", s) for s in self.disputed]
+        return [
+            (word, s)
+            for word, s in said
+            if s.name in str(keys[s.kind]).split("+") and keys[f"{s.kind}_version"] == s.version
+        ]
 
 
 def read_statements(folders: Iterable[Path]) -> Statements:

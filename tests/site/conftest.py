@@ -22,6 +22,8 @@ def results(tmp_path_factory):
     (folder / "reproduction.json").write_text(json.dumps([line | {"task": LABELS.id, "defense": "topk"}]))
     claim = {"claim": "first layers hold most", "verdict": "undecided", "agree": 0, "differ": 1, "undecided": 1}
     lines = [{"setting": INPUTS.id, "quantity": "sensitivity_share", "more": 0.7, "less": 0.3, "verdict": "differs"}]
+    said = "{kind: attack, name: dlg, version: 1, by: its author <b>, link: https://example.org/said}"
+    (folder / "statements.yaml").write_text(f"confirmed: [{said}]\n")
     (folder / "claims.json").write_text(json.dumps({"claims": [claim], "comparisons": lines}))
     return folder
 

@@ -58,6 +58,7 @@ def pages(data: Data) -> Iterator[Page]:
             "line": line,
             "badge": data.badge[name],
             "meaning": BADGES[data.badge[name].removesuffix(" disputed")],
+            "said": data.statements.about(cell.keys),
             "links": {
                 "task": task_page(cell.keys["task"], cell.keys["task_hash"]),
                 "attack": attack_page(cell.keys["attack"]),
