@@ -7,14 +7,15 @@ planned trial. It is written to a temporary name, flushed to disk and renamed, s
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -44,8 +45,6 @@ MEASURES_FOLDER = "measures"
 
 UTILITY_FOLDER = "utility"
 """Folder of an output directory that holds the rows of federated trainings, in the same layout."""
-
-_LEFT_SECONDS = 600  # a temporary file that was not written to for so long is of a killed writer
 
 
 def job_path(out: Path, job_id: str, season: str) -> Path:
@@ -142,18 +141,21 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
     with os.fdopen(handle, "wb") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it has its name; a writer that was killed holds none
         pq.write_table(table, file, compression="zstd", write_statistics=False)
         file.flush()
         os.fsync(file.fileno())
-    os.chmod(name, 0o644)  # mkstemp makes files that only the owner reads; results are to be shared
-    os.replace(name, path)
+        os.chmod(name, 0o644)  # mkstemp makes files that only the owner reads; results are to be shared
+        os.replace(name, path)
     _sync_directory(path.parent)
-    for other in path.parent.glob(f".{path.stem}.*.tmp"):
+    for left in path.parent.glob(f".{path.stem}.*.tmp"):
         try:
-            if time.time() - other.stat().st_mtime > _LEFT_SECONDS:
-                other.unlink()
-        except FileNotFoundError:
-            continue  # its writer is done, or another one removed it
+            with left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+        except OSError:
+            continue  # another writer is at it, or done
 
 
 @dataclass(frozen=True)

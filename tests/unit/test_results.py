@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -103,9 +103,10 @@ def test_a_writer_killed_before_the_rename_leaves_no_job_and_the_next_write_clea
     assert subprocess.run([sys.executable, "-c", code], cwd=here, check=False).returncode == -9
     (left,) = tmp_path.rglob("*.tmp")
     assert results.completed_jobs(tmp_path, "development") == {}
-    results.write_job(tmp_path, "ab12", "development", job())
-    assert left.exists()  # as if its writer were still at it
-    os.utime(left, (time.time() - 3600,) * 2)
+    with left.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as if its writer were still at it
+        results.write_job(tmp_path, "ab12", "development", job())
+        assert left.exists()
     results.write_job(tmp_path, "ab12", "development", job())
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["ab12.parquet"]
 
