@@ -30,7 +30,6 @@ from leakbench.store import (
     JobFile,
     job_files,
     prepare_out,
-    read_compacted,
     read_jobs,
     stores,
     unreadable,
@@ -147,12 +146,7 @@ def _keeps(there: Iterable[tuple[str, str]], jobs: dict[tuple[str, str], JobFile
 
 def _joined(wanted: Iterable[JobFile], commands: Sequence[str]) -> pa.Table:
     """Return the rows of jobs as one table with their footers, those of one cell together."""
-    wanted = list(wanted)
-    parts = []
-    for path in dict.fromkeys(job.path for job in wanted):
-        own = {(job.season, job.job_id) for job in wanted if job.path == path}
-        held = read_compacted(path) or [job for job in wanted if job.path == path]
-        parts += [(job, table) for job, table in read_jobs(held) if (job.season, job.job_id) in own]
+    parts = list(read_jobs(wanted))
     keys = [name for name in _ORDER if name in parts[0][1].column_names]
     parts.sort(key=lambda part: [part[1][key][0].as_py() for key in keys])
     notes = {JOBS: json.dumps([job.footer for job, _ in parts]), COMMANDS: json.dumps(list(dict.fromkeys(commands)))}

@@ -251,21 +251,22 @@ def read_compacted(path: Path) -> list[JobFile] | None:
     return jobs if sum(job.rows for job in jobs) == footer.num_rows else None
 
 
-def read_jobs(jobs: Iterable[JobFile], columns: Sequence[str] | None = None) -> Iterator[tuple[JobFile, pa.Table]]:
-    """Yield the rows of jobs, as they were written.
+def read_jobs(jobs: Iterable[JobFile]) -> Iterator[tuple[JobFile, pa.Table]]:
+    """Yield the rows of jobs, as they were written; of a compacted file in its order, read once.
 
     Args:
-        jobs: The jobs; of a compacted file all that it holds, in its order.
-        columns: Only these.
+        jobs: The jobs; those of a compacted file one after the other, not necessarily all.
 
     Raises:
         OSError: A file cannot be read.
         ArrowException: A file is damaged.
     """
     for path, own in groupby(jobs, key=lambda job: job.path):
-        table, start = pq.read_table(path, columns=columns).replace_schema_metadata(), 0
-        for job in own:
-            yield job, table.slice(start, job.rows)
+        wanted = {(job.season, job.job_id): job for job in own}
+        table, start = pq.read_table(path).replace_schema_metadata(), 0
+        for job in read_compacted(path) or wanted.values():
+            if (job.season, job.job_id) in wanted:
+                yield job, table.slice(start, job.rows)
             start += job.rows
 
 

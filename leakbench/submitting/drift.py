@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leakbench.errors import UserError
-from leakbench.store import JobFile, job_files, read_compacted, read_jobs, result_folders
+from leakbench.store import job_files, read_jobs, result_folders
 from leakbench.submitting.identity import Row
 from leakbench.submitting.rerun import Line, compare
 
@@ -85,11 +85,5 @@ def drift(then: Sequence[Path], now: Sequence[Path]) -> Drift:
 def _rows(folders: Sequence[Path], wanted: set[tuple[str, str]] | None) -> dict[tuple[str, str], list[Row]]:
     """Return the rows of jobs by season and job."""
     jobs = [job for folder in result_folders(folders) for job in job_files(folder)]
-    found: dict[tuple[str, str], list[Row]] = {}
-    for path in dict.fromkeys(job.path for job in jobs):
-        held: list[JobFile] = read_compacted(path) or [job for job in jobs if job.path == path]
-        for job, table in read_jobs(held):
-            key = (job.season, job.job_id)
-            if wanted is None or key in wanted:
-                found[key] = table.to_pylist()
-    return found
+    kept = (job for job in jobs if wanted is None or (job.season, job.job_id) in wanted)
+    return {(job.season, job.job_id): table.to_pylist() for job, table in read_jobs(kept)}

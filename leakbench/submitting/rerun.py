@@ -25,7 +25,7 @@ from leakbench.metrics import METRICS
 from leakbench.runner.plan import Job
 from leakbench.schema import BENCHMARK_VERSION, SCHEMA_VERSION
 from leakbench.sources import Kind, sources
-from leakbench.store import any_job_files, read_compacted, read_jobs, stores
+from leakbench.store import any_job_files, read_jobs, stores
 from leakbench.submitting.identity import Row, task_of
 
 ROW_ID = re.compile(r"([0-9a-f]{8,64})(?::(\d{1,9}))?")
@@ -121,8 +121,7 @@ def find_job(row_id: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
             f"row {row_id}: of schema version {wanted.schema_version}, this leakbench has {SCHEMA_VERSION}; check out "
             "the version that made it"
         )
-    held = read_compacted(wanted.path) or [wanted]
-    table = next(table for job, table in read_jobs(held) if job.job_id == wanted.job_id)
+    ((_, table),) = read_jobs([wanted])
     rows: list[dict[str, Any]] = table.to_pylist()
     if match[2] is not None and int(match[2]) not in {row.get("trial") for row in rows}:
         first, last = rows[0]["block_start"], rows[0]["block_stop"] - 1
